@@ -1,0 +1,449 @@
+"""Trains any pair of modalities into one embedding space (paper, section 3 and appendix B).
+
+    python train.py --pair image-audio                       # the toy world: no files, weights, network or GPU
+    python train.py --pair image-audio,image-depth           # one after the other, into one model
+    python train.py --pair image-audio --data pairs.csv      # your own files (README: manifests)
+    python train.py --resume runs/image-audio                # goes on where a run stopped
+    torchrun --nproc_per_node 8 train.py --pair image-audio --data pairs.csv
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
+
+The anchor is the first of the pair that already has weights (the toy anchor, or an earlier run given by
+--init): it is frozen and the other encoder learns to agree with it. Without one, both learn.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import evaluate
+from evaluate import UsageError
+from loss import InfoNCE, processes
+from model import MODALITIES, ImageBind, encoder_of, preset, save_atomic
+
+# The paper's settings per trained modality (appendix B, table 9); image and text as in CLIP. A
+# temperature of None is learned. "toy" holds for every pair of the toy world.
+SETTINGS = {
+    "audio": dict(lr=1.6e-3, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=2, epochs=64, replicate=1.25, drop_path=0.1, temperature=0.05),
+    "depth": dict(lr=1.6e-3, weight_decay=0.2, batch_size=512, clip_grad=1.0, warmup=2, epochs=64, replicate=50, drop_path=0.0, temperature=0.2),
+    "thermal": dict(lr=5e-4, weight_decay=0.05, batch_size=512, clip_grad=5.0, warmup=2, epochs=64, replicate=25, drop_path=0.0, temperature=0.1),
+    "imu": dict(lr=5e-4, weight_decay=0.5, batch_size=512, clip_grad=1.0, warmup=2, epochs=8, replicate=1, drop_path=0.7, temperature=0.2),
+    "text": dict(lr=5e-4, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=1, epochs=32, replicate=1, drop_path=0.0, temperature=None),
+    "image": dict(lr=5e-4, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=1, epochs=32, replicate=1, drop_path=0.0, temperature=None),
+    "toy": dict(lr=2e-3, weight_decay=0.05, batch_size=64, clip_grad=1.0, warmup=0.1, epochs=1, replicate=1, drop_path=0.0, temperature=None),
+}
+TOY_ANCHOR = Path("runs/toy-anchor")
+TOY_SAMPLES = {"text": 32000, "audio": 10000, "depth": 48000, "thermal": 48000, "imu": 20000, "image": 32000}  # per learner
+
+
+def parse_args(argv=None):
+    parser = evaluate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--pair", help="two of " + ", ".join(MODALITIES) + ", anchor first, joined by -; several pairs by commas")
+    add("--data", default="toy", help="toy, or a manifest: a CSV with a column for each modality")
+    add("--eval-data", help="held-out data of the same kind (default: the toy world's test split, else none)")
+    add("--preset", choices=("tiny", "base", "huge"), help="sizes of new encoders (default: tiny for toy, else base)")
+    add("--init", help="start from this run or model.pt")
+    add("--train-both", action="store_true", help="freeze nothing")
+    add("--out", help="the run's folder (default: runs/PAIR, numbered if that exists)")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, with its own options")
+    for name, kind in (("epochs", int), ("batch-size", int), ("lr", float), ("weight-decay", float), ("clip-grad", float),
+                       ("warmup", float), ("replicate", float), ("drop-path", float)):
+        add(f"--{name}", type=kind, help="default: SETTINGS, in epochs" if name == "warmup" else "default: SETTINGS")
+    add("--temperature", help="a fixed temperature, or 'learned' (default: SETTINGS)")
+    add("--steps", type=int, help="stop the schedule after this many steps instead of whole epochs")
+    add("--samples", type=int, help="size of the toy world")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA, off on the CPU")
+    add("--compile", action="store_true", help="torch.compile the encoders")
+    add("--eval-every", type=int, default=0, help="evaluate on held-out data every so many steps")
+    add("--save-every", type=float, default=300, help="seconds between checkpoints")
+    add("--max-bad", type=float, default=0.01, help="end the run if more than this share of items cannot be read")
+    add("--workers", type=int, default=2, help="loader processes")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if not args.pair and not args.resume:
+        raise UsageError("name a --pair, such as image-audio, or a run to --resume")
+    return args
+
+
+def parse_pairs(text):
+    pairs = [tuple(pair.split("-")) for pair in text.split(",")]
+    for pair in pairs:
+        unknown = [m for m in pair if m not in MODALITIES]
+        if unknown or len(pair) != 2 or pair[0] == pair[1]:
+            raise UsageError(f"--pair {'-'.join(pair)}: a pair is two different ones of {', '.join(MODALITIES)}, joined by -")
+    return pairs
+
+
+def settings_for(args, pair, size):
+    """The table's row for a pair with the command line's options over it; batch no larger than the data."""
+    row = dict(SETTINGS["toy" if args.data == "toy" else encoder_of(pair[1])])
+    row |= {key: value for key in row if (value := getattr(args, key)) is not None}
+    if args.temperature is not None:
+        row["temperature"] = None if args.temperature == "learned" else float(args.temperature)
+    row["batch_size"] = min(row["batch_size"], size)
+    row["steps_per_epoch"] = int(size * row["replicate"]) // row["batch_size"]
+    row["steps"] = args.steps or row["epochs"] * row["steps_per_epoch"]
+    return row
+
+
+# ---------------------------------------------------------------------------------------------
+# The run's folder
+
+
+class Run:
+    """A run's folder: config.json, log.jsonl, bad_items.txt, state.pt and model.pt. Rank 0 writes."""
+
+    def __init__(self, folder):
+        self.folder, self.main = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
+
+    def log(self, **event):
+        self.append("log.jsonl", json.dumps(event))
+
+    def append(self, name, line):
+        if self.main:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def say(self, text):
+        if self.main:
+            tqdm.write(text)
+
+    def save(self, model, **state):
+        """Everything to resume, and the model alone; a log line after this is forgotten on resume."""
+        if self.main:
+            sizes = {name: (self.folder / name).stat().st_size for name in ("log.jsonl", "bad_items.txt") if (self.folder / name).exists()}
+            save_atomic({"model": model.state(), "sizes": sizes, **state}, self.folder / "state.pt")
+            model.save(self.folder / "model.pt")
+
+    def load(self):
+        """What `save` wrote, or None; cuts the logs back to that moment."""
+        if not (self.folder / "state.pt").exists():
+            return None
+        state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+        if self.main:
+            for name in ("log.jsonl", "bad_items.txt"):
+                if (self.folder / name).exists():
+                    os.truncate(self.folder / name, state["sizes"].get(name, 0))
+        return state
+
+    def finished(self):
+        log = self.folder / "log.jsonl"
+        return log.exists() and (self.folder / "model.pt").exists() and '"event": "end"' in log.read_text()
+
+
+def new_folder(args):
+    if args.out:
+        if (Path(args.out) / "config.json").exists():
+            raise UsageError(f"--out {args.out} holds a run already: --resume it, or name another folder")
+        return Path(args.out)
+    folder, count = Path("runs") / args.pair.replace(",", "+"), 1
+    while (folder / "config.json").exists():
+        count += 1
+        folder = folder.with_name(f"{args.pair.replace(',', '+')}-{count}")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(step, row):
+    """Linear warm-up, then a cosine to zero."""
+    warmup = row["warmup"] * row["steps_per_epoch"]
+    if step < warmup:
+        return row["lr"] * (step + 1) / warmup
+    progress = (step - warmup) / max(1, row["steps"] - warmup)
+    return row["lr"] * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(trained, row):
+    """AdamW that decays weight matrices only: not biases, norms, positions, tokens or the temperature."""
+    parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim == 2], "weight_decay": row["weight_decay"]},
+              {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=row["lr"], betas=(0.9, 0.95))
+
+
+def freeze_anchor(model, pair, ready, args):
+    """Freezes the first of the pair that has weights; returns the encoders that learn."""
+    encoders = {m: model.encoder(m) for m in pair}
+    model.requires_grad_(False).eval()
+    learn = [encoders[m] for m in pair]
+    if not args.train_both and set(pair) != {"image", "text"} and encoders[pair[0]] is not encoders[pair[1]]:
+        anchor = next((m for m in pair if encoder_of(m) in ready), None)
+        learn = [encoders[m] for m in pair if m != anchor]
+    for encoder in learn:
+        encoder.requires_grad_(True).train()
+    return list(dict.fromkeys(learn))
+
+
+def synchronise(*numbers):
+    """Sums each number over all processes."""
+    if processes() == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64)
+    total = total.cuda() if dist.get_backend() == "nccl" else total
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def reduce_gradients(parameters):
+    """Sums the gradients over all processes, as one message."""
+    if processes() > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def train_pair(args, run, model, pair, ready, device, amp, state):
+    """The loop: binds one pair. `state` is what a checkpoint of this pair held, or None."""
+    name, source = "-".join(pair), open_source(args, pair)
+    row = settings_for(args, pair, len(source))
+    trained = freeze_anchor(model, pair, ready, args)
+    if args.compile:
+        for m in pair:
+            model.encoder(m).compile()
+    for encoder in trained:
+        encoder.drop_path = row["drop_path"]
+    criterion = InfoNCE(row["temperature"] or 0.07, learnable=row["temperature"] is None).to(device)
+    optimizer = make_optimizer([*trained, criterion], row)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    step, bad, seen = 0, 0, 0
+    if state:
+        step, bad, seen = state["step"], state["bad"], state["seen"]
+        for part, saved in ((criterion, "criterion"), (optimizer, "optimizer"), (scaler, "scaler")):
+            part.load_state_dict(state[saved])
+    rank = dist.get_rank() if processes() > 1 else 0
+    keys = data.draws(len(source), row["batch_size"], row["steps"] // row["steps_per_epoch"] + 1, row["replicate"],
+                      args.seed, start=step, rank=rank, world=processes())
+    samples = data.Samples(source, {m: model.encoder(m).config for m in pair}, args.seed)
+    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=args.workers, collate_fn=data.collate))
+    progress = tqdm(total=row["steps"], initial=step, desc=name, unit="step", disable=None if run.main else True)
+    last_save = time.monotonic()
+    while step < row["steps"]:
+        batch, unread = next(loader)
+        for item in unread:
+            run.append("bad_items.txt", f"{item.name}\t{item.reason}")
+        empty, newly_bad, newly_seen, stop = synchronise(batch is None, len(unread), len(unread) + (0 if batch is None else len(batch["index"])), STOP.is_set)
+        bad, seen = bad + int(newly_bad), seen + int(newly_seen)
+        if bad > args.max_bad * max(seen, 100):
+            raise RuntimeError(f"{bad} of {seen} items cannot be read, more than --max-bad {args.max_bad:g}: see {run.folder / 'bad_items.txt'}")
+        step += 1
+        if empty:
+            continue
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, row)
+        torch.manual_seed(args.seed * 1_000_003 + step * processes() + rank)  # dropout: resumable, different everywhere
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+            q, k = (model.encode(m, batch[m].to(device, non_blocking=True)) for m in pair)
+        loss, accuracy = criterion(q, k)
+        scaler.scale(loss).backward()
+        loss_value, accuracy = synchronise(loss.item(), accuracy.item())
+        if not math.isfinite(loss_value):
+            names = ", ".join(source.name(int(i)) for i in batch["index"])
+            raise RuntimeError(f"loss is {loss_value} at step {step} of {name}; its batch: {names}")
+        reduce_gradients(parameters)
+        scaler.unscale_(optimizer)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, row["clip_grad"])
+        scaler.step(optimizer)  # passes over a step whose fp16 gradients overflowed
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        model.pairs[name] = criterion.logit_scale.item()
+        temperature = 1 / model.pairs[name]
+        run.log(event="step", pair=name, step=step, loss=loss_value, accuracy=accuracy, temperature=temperature,
+                lr=optimizer.param_groups[0]["lr"], gradient_norm=gradient_norm.item(), bad=bad)
+        rate = progress.format_dict["rate"]
+        progress.set_postfix_str(f"loss {loss_value:.3f}, accuracy {accuracy:.0%}, temperature {temperature:.3f}, "
+                                 f"{(rate or 0) * row['batch_size']:.0f} pairs/s" + (f", {bad} bad" if bad else ""), refresh=False)
+        progress.update()
+        if args.eval_every and step % args.eval_every == 0:
+            evaluate_run(args, run, model, [pair], step=step)
+            for encoder in trained:
+                encoder.train()
+        if stop or time.monotonic() - last_save > args.save_every or step == row["steps"]:
+            run.save(model, pair=name, step=step, bad=bad, seen=seen, ready=sorted(ready), criterion=criterion.state_dict(),
+                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            last_save = time.monotonic()
+        if stop:
+            progress.close()
+            raise RuntimeError(f"stopped at step {step} of {name}; go on with: python train.py --resume {run.folder}")
+    progress.close()
+    ready.update(encoder_of(m) for m in pair)
+
+
+def evaluate_run(args, run, model, pairs, step=None, limit=None):
+    """Zero-shot and retrieval on held-out data; rank 0 measures, logs, and returns the figures."""
+    if not run.main:
+        return None
+    start = time.monotonic()
+    spec = args.eval_data or args.data
+    source = data.open_data(spec, "test")
+    held_out = args.eval_data is not None or args.data == "toy"
+    modalities = list(dict.fromkeys(m for pair in pairs for m in pair))
+    modalities += [m for m in ("text", "image") if m not in modalities and m in model.encoders and m in source.columns]
+    recall, zero, bad = evaluate.emergence(model, source, modalities, workers=args.workers, limit=limit or (None if held_out else 1000))
+    figures = dict(pair=",".join("-".join(p) for p in pairs), zeroshot_top1=zero,
+                   chance=1 / len(source.classes) if source.classes else None, retrieval_r1=recall, held_out=held_out, bad=len(bad))
+    if step is not None:
+        run.log(event="eval", step=step, **figures, seconds=time.monotonic() - start)
+    return modalities, figures
+
+
+# ---------------------------------------------------------------------------------------------
+# From the command line to the loop
+
+
+class Stop:
+    """Set by SIGTERM or Ctrl-C; the loop saves and ends at the next step. A second signal ends at once."""
+
+    is_set = False
+
+    def catch(self, signum, frame):
+        self.is_set = True
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+
+
+STOP = Stop()
+
+
+def open_source(args, pair):
+    if args.data == "toy":
+        return data.ToyWorld(size=args.samples or TOY_SAMPLES[encoder_of(pair[1])])
+    source = data.open_data(args.data)
+    for modality in pair:
+        if modality not in source.columns:
+            raise UsageError(f"{args.data} has no column {modality}; its columns are {', '.join(source.header)}")
+        probe = [i for i in range(min(len(source), 20)) if source.row(i)[modality].strip()]
+        if not probe:
+            raise UsageError(f"{args.data}: the column {modality} is empty")
+        if modality != "text" and not any((source.root / source.row(i)[modality]).exists() for i in probe):
+            raise UsageError(f"{args.data}: none of the first {len(probe)} {modality} files exists, such as "
+                             f"{source.root / source.row(probe[0])[modality]}")
+    return source
+
+
+def choose_device():
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def start_processes(device):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+
+
+def initial_model(args, pairs, run):
+    """Encoders for all pairs: from --init, the toy anchor, or new. Returns the model and who has weights."""
+    kind = args.preset or ("tiny" if args.data == "toy" else "base")
+    needed = list(dict.fromkeys(encoder_of(m) for pair in pairs for m in pair))
+    given = None
+    if args.init:
+        given = evaluate.load_model(args.init)
+    elif args.data == "toy" and kind == "tiny" and any(m in ("image", "text") for m in needed) and set(needed) != {"image", "text"}:
+        given = toy_anchor(args, run)
+    torch.manual_seed(args.seed)
+    configs = {m: preset(kind, m) for m in needed}
+    if given is not None:
+        configs |= {m: e.config for m, e in given.encoders.items()}
+    if len({c.embed_dim for c in configs.values()}) > 1:
+        raise UsageError(f"--init {args.init}: its embeddings are {next(iter(given.encoders.values())).config.embed_dim} wide, "
+                         f"those of --preset {kind} {preset(kind, needed[0]).embed_dim}: name the preset it was made with")
+    model = ImageBind(list(configs.values()))
+    if given is not None:
+        model.load_state_dict(given.state_dict(), strict=False)
+        model.pairs = given.pairs
+    return model, set(given.encoders) if given is not None else set()
+
+
+def toy_anchor(args, run):
+    """The toy world's image and text encoders, which stand where CLIP stands: trained once, then kept."""
+    anchor = Run(TOY_ANCHOR)
+    if not anchor.finished():
+        run.say(f"no CLIP weights: training the toy anchor (image-text) first, kept in {TOY_ANCHOR}")
+        options = ["--pair", "image-text", "--amp", args.amp, "--workers", str(args.workers)]
+        resumable = (TOY_ANCHOR / "state.pt").exists()
+        train(parse_args([*options, *(["--resume", str(TOY_ANCHOR)] if resumable else [])]), anchor)
+    return ImageBind.load(TOY_ANCHOR / "model.pt")
+
+
+def train(args, run):
+    """Everything a run does, in its folder."""
+    start, pairs = time.monotonic(), parse_pairs(args.pair)
+    for pair in pairs:
+        open_source(args, pair)
+    device = choose_device()
+    start_state = run.load()
+    if start_state:
+        model, ready = ImageBind.from_state(start_state["model"]), set(start_state["ready"])
+    else:
+        model, ready = initial_model(args, pairs, run)
+        if run.main:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / "config.json").write_text(json.dumps(vars(args) | {"torch": torch.__version__}, indent=1) + "\n")
+    model.to(device)
+    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if device.type == "cuda" else None}[args.amp]
+    names = ["-".join(pair) for pair in pairs]
+    first = names.index(start_state["pair"]) if start_state else 0
+    for i in range(first, len(pairs)):
+        train_pair(args, run, model, pairs[i], ready, device, amp, start_state if i == first else None)
+    model.eval()
+    measured = evaluate_run(args, run, model, pairs)
+    if measured:
+        modalities, figures = measured
+        run.log(event="eval", **figures, seconds=time.monotonic() - start)
+        print_summary(run, model, modalities, figures, time.monotonic() - start)
+
+
+def print_summary(run, model, modalities, figures, seconds):
+    where = "held-out items" if figures["held_out"] else "training items (no --eval-data)"
+    if figures["zeroshot_top1"]:
+        print(f"\nzero-shot by text prompts, {where}, chance {figures['chance']:.1%}:")
+        for m, accuracy in figures["zeroshot_top1"].items():
+            kind = "trained with text" if evaluate.trained_together(model, m, "text") else "never trained with text: emergent"
+            print(f"  {m:8} {accuracy:6.1%}   {kind}")
+    print(f"\nretrieval on {where}:")
+    evaluate.print_matrix(model, modalities, figures["retrieval_r1"])
+    print(f"\n{run.folder}: model.pt, log.jsonl; {seconds:.0f} s")
+
+
+def main():
+    args = parse_args()
+    start_processes(choose_device())
+    if args.resume:
+        config = Path(args.resume) / "config.json"
+        if not config.exists():
+            raise UsageError(f"--resume {args.resume}: no run in this folder (no config.json)")
+        saved = json.loads(config.read_text())
+        folder = Path(args.resume)
+        for key, value in saved.items():
+            if hasattr(args, key):
+                setattr(args, key, value)
+    else:
+        folder = new_folder(args)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, STOP.catch)
+    train(args, Run(folder))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    evaluate.run_main(main)
