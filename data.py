@@ -49,7 +49,7 @@ class DataError(ValueError):
 
 def read_image(path):
     """Picture file -> (H, W, 3) uint8."""
-    return np.asarray(open_picture(path).convert("RGB"))
+    return np.array(open_picture(path).convert("RGB"))
 
 
 def open_picture(path):
@@ -766,7 +766,8 @@ def show_toy(path, count=8):
         for row, x in enumerate(pictures):
             if x.dtype != np.uint8:
                 x = ((x - x.min()) / (x.max() - x.min()) * 255).astype(np.uint8)
-            sheet.paste(Image.fromarray(x).resize((cell, cell), Image.Resampling.NEAREST), (column * (cell + 6), row * (cell + 6)))
+            x = Image.fromarray(x).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(x, (column * (cell + 6), row * (cell + 6)))
         print(f"{index:4}  {world.read(index, 'text')}")
     sheet.save(path)
     print(f"{len(CONCEPTS)} concepts; {path}: one sample a column; picture, depth, thermal, sound, IMU, video from the top")

@@ -28,6 +28,10 @@ class UsageError(Exception):
     """Wrong use: one line that says what is wrong and what to do; exit status 2."""
 
 
+class RunError(Exception):
+    """A failure while running, said in one line; exit status 1."""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(message)
@@ -39,7 +43,7 @@ def run_main(main):
         main()
     except (UsageError, data.DataError) as error:
         sys.exit(report_error(error, 2))
-    except RuntimeError as error:
+    except RunError as error:
         sys.exit(report_error(error, 1))
 
 

@@ -30,7 +30,7 @@ class InfoNCE(nn.Module):
 
     @property
     def logit_scale(self):
-        return self.log_logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        return self.log_logit_scale.exp()
 
     def forward(self, q, k):
         """Unit-length embeddings q, k (B, E) of B pairs -> loss, in-batch accuracy (both scalars).
@@ -39,6 +39,8 @@ class InfoNCE(nn.Module):
         of it, and each gets its share of the global loss: the sum over processes is the loss that
         one process would have with the whole batch, and so is the sum of the gradients.
         """
+        with torch.no_grad():  # the parameter itself is cut back: a cut output would have no gradient to return
+            self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         all_q, start = gather(q)
         all_k, _ = gather(k)
         target = torch.arange(start, start + len(q), device=q.device)

@@ -27,23 +27,24 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from evaluate import UsageError
+from evaluate import RunError, UsageError
 from loss import InfoNCE, processes
 from model import MODALITIES, ImageBind, encoder_of, preset, save_atomic
 
-# The paper's settings per trained modality (appendix B, table 9); image and text as in CLIP. A
-# temperature of None is learned. "toy" holds for every pair of the toy world.
+# The paper's settings by the modality that learns (appendix B, table 9); image and text as in CLIP;
+# "toy" for every pair of the toy world. Warm-up in epochs; a temperature of None is learned.
+COLUMNS = ("lr", "weight_decay", "batch_size", "clip_grad", "warmup", "epochs", "replicate", "drop_path", "temperature")
 SETTINGS = {
-    "audio": dict(lr=1.6e-3, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=2, epochs=64, replicate=1.25, drop_path=0.1, temperature=0.05),
-    "depth": dict(lr=1.6e-3, weight_decay=0.2, batch_size=512, clip_grad=1.0, warmup=2, epochs=64, replicate=50, drop_path=0.0, temperature=0.2),
-    "thermal": dict(lr=5e-4, weight_decay=0.05, batch_size=512, clip_grad=5.0, warmup=2, epochs=64, replicate=25, drop_path=0.0, temperature=0.1),
-    "imu": dict(lr=5e-4, weight_decay=0.5, batch_size=512, clip_grad=1.0, warmup=2, epochs=8, replicate=1, drop_path=0.7, temperature=0.2),
-    "text": dict(lr=5e-4, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=1, epochs=32, replicate=1, drop_path=0.0, temperature=None),
-    "image": dict(lr=5e-4, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=1, epochs=32, replicate=1, drop_path=0.0, temperature=None),
-    "toy": dict(lr=2e-3, weight_decay=0.05, batch_size=64, clip_grad=1.0, warmup=0.1, epochs=1, replicate=1, drop_path=0.0, temperature=None),
+    "audio": (1.6e-3, 0.2, 2048, 1.0, 2, 64, 1.25, 0.1, 0.05),
+    "depth": (1.6e-3, 0.2, 512, 1.0, 2, 64, 50, 0.0, 0.2),
+    "thermal": (5e-4, 0.05, 512, 5.0, 2, 64, 25, 0.0, 0.1),
+    "imu": (5e-4, 0.5, 512, 1.0, 2, 8, 1, 0.7, 0.2),
+    "text": (5e-4, 0.2, 2048, 1.0, 1, 32, 1, 0.0, None),
+    "image": (5e-4, 0.2, 2048, 1.0, 1, 32, 1, 0.0, None),
+    "toy": (2e-3, 0.05, 64, 1.0, 0.1, 1, 1, 0.0, None),
 }
 TOY_ANCHOR = Path("runs/toy-anchor")
-TOY_SAMPLES = {"text": 32000, "audio": 10000, "depth": 48000, "thermal": 48000, "imu": 20000, "image": 32000}  # per learner
+TOY_SAMPLES = {"text": 32000, "image": 32000, "audio": 10000, "depth": 48000, "thermal": 48000, "imu": 20000}
 
 
 def parse_args(argv=None):
@@ -73,6 +74,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.pair and not args.resume:
         raise UsageError("name a --pair, such as image-audio, or a run to --resume")
+    for name in ("epochs", "batch_size", "lr", "clip_grad", "replicate", "steps", "samples"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    try:
+        args.temperature = args.temperature if args.temperature in (None, "learned") else float(args.temperature)
+    except ValueError:
+        raise UsageError(f"--temperature {args.temperature}: a number above 0, or learned") from None
     return args
 
 
@@ -87,10 +95,10 @@ def parse_pairs(text):
 
 def settings_for(args, pair, size):
     """The table's row for a pair with the command line's options over it; batch no larger than the data."""
-    row = dict(SETTINGS["toy" if args.data == "toy" else encoder_of(pair[1])])
+    row = dict(zip(COLUMNS, SETTINGS["toy" if args.data == "toy" else encoder_of(pair[1])]))
     row |= {key: value for key in row if (value := getattr(args, key)) is not None}
     if args.temperature is not None:
-        row["temperature"] = None if args.temperature == "learned" else float(args.temperature)
+        row["temperature"] = None if args.temperature == "learned" else args.temperature
     row["batch_size"] = min(row["batch_size"], size)
     row["steps_per_epoch"] = int(size * row["replicate"]) // row["batch_size"]
     row["steps"] = args.steps or row["epochs"] * row["steps_per_epoch"]
@@ -101,11 +109,21 @@ def settings_for(args, pair, size):
 # The run's folder
 
 
+LOGS = ("log.jsonl", "bad_items.txt")
+
+
 class Run:
     """A run's folder: config.json, log.jsonl, bad_items.txt, state.pt and model.pt. Rank 0 writes."""
 
     def __init__(self, folder):
         self.folder, self.main = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
+
+    def begin(self, args):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in LOGS:  # of an attempt that was stopped before its first checkpoint
+            (self.folder / name).unlink(missing_ok=True)
+        config = vars(args) | {"command": sys.argv, "torch": torch.__version__}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     def log(self, **event):
         self.append("log.jsonl", json.dumps(event))
@@ -115,6 +133,18 @@ class Run:
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
+    def name_bad(self, items):
+        """Adds the items that any process could not read to bad_items.txt, each once. Collective."""
+        if processes() > 1:
+            gathered = [None] * processes()
+            dist.all_gather_object(gathered, items)
+            items = [data.Bad(*item) for part in gathered for item in part]
+        path = self.folder / "bad_items.txt"
+        known = {line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()} if path.exists() else set()
+        for item in dict.fromkeys(items):
+            if item.name not in known:
+                self.append("bad_items.txt", f"{item.name}\t{item.reason}")
+
     def say(self, text):
         if self.main:
             tqdm.write(text)
@@ -122,7 +152,7 @@ class Run:
     def save(self, model, **state):
         """Everything to resume, and the model alone; a log line after this is forgotten on resume."""
         if self.main:
-            sizes = {name: (self.folder / name).stat().st_size for name in ("log.jsonl", "bad_items.txt") if (self.folder / name).exists()}
+            sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
             save_atomic({"model": model.state(), "sizes": sizes, **state}, self.folder / "state.pt")
             model.save(self.folder / "model.pt")
 
@@ -132,14 +162,16 @@ class Run:
             return None
         state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
         if self.main:
-            for name in ("log.jsonl", "bad_items.txt"):
+            for name in LOGS:
                 if (self.folder / name).exists():
                     os.truncate(self.folder / name, state["sizes"].get(name, 0))
         return state
 
     def finished(self):
+        """Whether the last thing this run logged is its final evaluation."""
         log = self.folder / "log.jsonl"
-        return log.exists() and (self.folder / "model.pt").exists() and '"event": "end"' in log.read_text()
+        last = json.loads(log.read_text().splitlines()[-1]) if log.exists() and log.stat().st_size else {}
+        return last.get("event") == "eval" and "step" not in last
 
 
 def new_folder(args):
@@ -211,95 +243,112 @@ def reduce_gradients(parameters):
 def train_pair(args, run, model, pair, ready, device, amp, state):
     """The loop: binds one pair. `state` is what a checkpoint of this pair held, or None."""
     name, source = "-".join(pair), open_source(args, pair)
-    row = settings_for(args, pair, len(source))
-    trained = freeze_anchor(model, pair, ready, args)
+    row, trained = settings_for(args, pair, len(source)), freeze_anchor(model, pair, ready, args)
+    for encoder in trained:
+        encoder.drop_path = row["drop_path"]
     if args.compile:
         for m in pair:
             model.encoder(m).compile()
-    for encoder in trained:
-        encoder.drop_path = row["drop_path"]
     criterion = InfoNCE(row["temperature"] or 0.07, learnable=row["temperature"] is None).to(device)
     optimizer = make_optimizer([*trained, criterion], row)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    step, bad, seen = 0, 0, 0
+    step, counts = 0, {"bad": 0, "seen": 0}
     if state:
-        step, bad, seen = state["step"], state["bad"], state["seen"]
+        step, counts = state["step"], state["counts"]
         for part, saved in ((criterion, "criterion"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[saved])
     rank = dist.get_rank() if processes() > 1 else 0
     keys = data.draws(len(source), row["batch_size"], row["steps"] // row["steps_per_epoch"] + 1, row["replicate"],
                       args.seed, start=step, rank=rank, world=processes())
     samples = data.Samples(source, {m: model.encoder(m).config for m in pair}, args.seed)
-    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=args.workers, collate_fn=data.collate))
+    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=args.workers,
+                                              collate_fn=data.collate, pin_memory=device.type == "cuda"))
     progress = tqdm(total=row["steps"], initial=step, desc=name, unit="step", disable=None if run.main else True)
     last_save = time.monotonic()
     while step < row["steps"]:
-        batch, unread = next(loader)
-        for item in unread:
-            run.append("bad_items.txt", f"{item.name}\t{item.reason}")
-        empty, newly_bad, newly_seen, stop = synchronise(batch is None, len(unread), len(unread) + (0 if batch is None else len(batch["index"])), STOP.is_set)
-        bad, seen = bad + int(newly_bad), seen + int(newly_seen)
-        if bad > args.max_bad * max(seen, 100):
-            raise RuntimeError(f"{bad} of {seen} items cannot be read, more than --max-bad {args.max_bad:g}: see {run.folder / 'bad_items.txt'}")
+        batch, stop = next_batch(loader, run, counts, args.max_bad)
         step += 1
-        if empty:
-            continue
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, row)
-        torch.manual_seed(args.seed * 1_000_003 + step * processes() + rank)  # dropout: resumable, different everywhere
-        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-            q, k = (model.encode(m, batch[m].to(device, non_blocking=True)) for m in pair)
-        loss, accuracy = criterion(q, k)
-        scaler.scale(loss).backward()
-        loss_value, accuracy = synchronise(loss.item(), accuracy.item())
-        if not math.isfinite(loss_value):
-            names = ", ".join(source.name(int(i)) for i in batch["index"])
-            raise RuntimeError(f"loss is {loss_value} at step {step} of {name}; its batch: {names}")
-        reduce_gradients(parameters)
-        scaler.unscale_(optimizer)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, row["clip_grad"])
-        scaler.step(optimizer)  # passes over a step whose fp16 gradients overflowed
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        model.pairs[name] = criterion.logit_scale.item()
-        temperature = 1 / model.pairs[name]
-        run.log(event="step", pair=name, step=step, loss=loss_value, accuracy=accuracy, temperature=temperature,
-                lr=optimizer.param_groups[0]["lr"], gradient_norm=gradient_norm.item(), bad=bad)
-        rate = progress.format_dict["rate"]
-        progress.set_postfix_str(f"loss {loss_value:.3f}, accuracy {accuracy:.0%}, temperature {temperature:.3f}, "
-                                 f"{(rate or 0) * row['batch_size']:.0f} pairs/s" + (f", {bad} bad" if bad else ""), refresh=False)
+        if batch is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step - 1, row)
+            torch.manual_seed(args.seed * 1_000_003 + step * processes() + rank)  # dropout: the same after a resume
+            try:
+                figures = take_step(model, pair, batch, criterion, optimizer, scaler, row["clip_grad"], device, amp)
+            except FloatingPointError as error:
+                items = ", ".join(source.name(int(i)) for i in batch["index"])
+                raise RunError(f"{error} at step {step} of {name}; the items of its batch: {items}") from None
+            model.pairs[name] = criterion.logit_scale.item()
+            run.log(event="step", pair=name, step=step, **figures, temperature=1 / model.pairs[name],
+                    lr=learning_rate(step - 1, row), bad=counts["bad"])
+            progress.set_postfix_str(describe(figures, model.pairs[name], counts, progress, row), refresh=False)
         progress.update()
         if args.eval_every and step % args.eval_every == 0:
             evaluate_run(args, run, model, [pair], step=step)
-            for encoder in trained:
-                encoder.train()
         if stop or time.monotonic() - last_save > args.save_every or step == row["steps"]:
-            run.save(model, pair=name, step=step, bad=bad, seen=seen, ready=sorted(ready), criterion=criterion.state_dict(),
+            run.save(model, pair=name, step=step, counts=counts, ready=sorted(ready), criterion=criterion.state_dict(),
                      optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             last_save = time.monotonic()
         if stop:
-            progress.close()
-            raise RuntimeError(f"stopped at step {step} of {name}; go on with: python train.py --resume {run.folder}")
+            again = "the same command" if run.folder == TOY_ANCHOR else f"python train.py --resume {run.folder}"
+            raise RunError(f"stopped at step {step} of {name}, all of it saved; go on with {again}")
     progress.close()
     ready.update(encoder_of(m) for m in pair)
 
 
-def evaluate_run(args, run, model, pairs, step=None, limit=None):
-    """Zero-shot and retrieval on held-out data; rank 0 measures, logs, and returns the figures."""
+def next_batch(loader, run, counts, max_bad):
+    """The next batch, or None if some process has nothing readable in it, and whether to stop.
+
+    Items that cannot be read are named and counted; RunError if they are too large a share.
+    """
+    batch, unread = next(loader)
+    good = 0 if batch is None else len(batch["index"])
+    empty, newly_bad, newly_good, stop = synchronise(good == 0, len(unread), good, STOP.is_set)
+    if newly_bad:
+        run.name_bad(unread)
+    counts["bad"] += int(newly_bad)
+    counts["seen"] += int(newly_bad + newly_good)
+    if counts["bad"] > max_bad * max(counts["seen"], 100):  # one bad item in the first batches is no verdict
+        raise RunError(f"{counts['bad']} of {counts['seen']} items cannot be read, more than --max-bad {max_bad:g}: "
+                       f"see {run.folder / 'bad_items.txt'}")
+    return (None if empty else batch), bool(stop)
+
+
+def take_step(model, pair, batch, criterion, optimizer, scaler, clip_grad, device, amp):
+    """Embed, compare, update. Returns the step's figures; FloatingPointError if the loss is not finite."""
+    with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+        q, k = (model.encode(m, batch[m].to(device, non_blocking=True)) for m in pair)  # (B, E) each
+    loss, accuracy = criterion(q, k)
+    loss_value, accuracy = synchronise(loss.item(), accuracy.item())
+    if not math.isfinite(loss_value):
+        raise FloatingPointError(f"the loss is {loss_value}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler.scale(loss).backward()
+    reduce_gradients(parameters)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad)
+    scaler.step(optimizer)  # passes over a step whose fp16 gradients overflowed
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss_value, "accuracy": accuracy, "gradient_norm": norm.item()}
+
+
+def describe(figures, logit_scale, counts, progress, row):
+    rate = (progress.format_dict["rate"] or 0) * row["batch_size"]
+    return (f"loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.0%}, temperature {1 / logit_scale:.3f}, "
+            f"{rate:.0f} pairs/s" + (f", {counts['bad']} bad" if counts["bad"] else ""))
+
+
+def evaluate_run(args, run, model, pairs, step=None):
+    """Zero-shot and retrieval on held-out data: (modalities, figures) on rank 0; logged with its step."""
     if not run.main:
         return None
-    start = time.monotonic()
-    spec = args.eval_data or args.data
-    source = data.open_data(spec, "test")
-    held_out = args.eval_data is not None or args.data == "toy"
+    start, held_out = time.monotonic(), args.eval_data is not None or args.data == "toy"
+    source = data.open_data(args.eval_data or args.data, "test")
     modalities = list(dict.fromkeys(m for pair in pairs for m in pair))
     modalities += [m for m in ("text", "image") if m not in modalities and m in model.encoders and m in source.columns]
-    recall, zero, bad = evaluate.emergence(model, source, modalities, workers=args.workers, limit=limit or (None if held_out else 1000))
-    figures = dict(pair=",".join("-".join(p) for p in pairs), zeroshot_top1=zero,
-                   chance=1 / len(source.classes) if source.classes else None, retrieval_r1=recall, held_out=held_out, bad=len(bad))
+    recall, zero, bad = evaluate.emergence(model, source, modalities, workers=args.workers, limit=None if held_out else 1000)
+    figures = {"pair": ",".join("-".join(p) for p in pairs), "zeroshot_top1": zero, "retrieval_r1": recall,
+               "chance": 1 / len(source.classes) if source.classes else None, "held_out": held_out, "bad": len(bad)}
     if step is not None:
         run.log(event="eval", step=step, **figures, seconds=time.monotonic() - start)
     return modalities, figures
@@ -329,12 +378,15 @@ def open_source(args, pair):
     for modality in pair:
         if modality not in source.columns:
             raise UsageError(f"{args.data} has no column {modality}; its columns are {', '.join(source.header)}")
-        probe = [i for i in range(min(len(source), 20)) if source.row(i)[modality].strip()]
-        if not probe:
+    first = [source.row(i) for i in range(min(len(source), 20))]
+    cells = {m: [row[m].strip() for row in first if row[m].strip()] for m in pair}
+    for modality in pair:
+        if not cells[modality]:
             raise UsageError(f"{args.data}: the column {modality} is empty")
-        if modality != "text" and not any((source.root / source.row(i)[modality]).exists() for i in probe):
-            raise UsageError(f"{args.data}: none of the first {len(probe)} {modality} files exists, such as "
-                             f"{source.root / source.row(probe[0])[modality]}")
+    for modality in pair:
+        if modality != "text" and not any((source.root / cell).exists() for cell in cells[modality]):
+            raise UsageError(f"{args.data}: none of the first {len(cells[modality])} {modality} files exists, such as "
+                             f"{source.root / cells[modality][0]}")
     return source
 
 
@@ -357,7 +409,7 @@ def initial_model(args, pairs, run):
     given = None
     if args.init:
         given = evaluate.load_model(args.init)
-    elif args.data == "toy" and kind == "tiny" and any(m in ("image", "text") for m in needed) and set(needed) != {"image", "text"}:
+    elif args.data == "toy" and kind == "tiny" and set(needed) & {"image", "text"} and set(needed) != {"image", "text"}:
         given = toy_anchor(args, run)
     torch.manual_seed(args.seed)
     configs = {m: preset(kind, m) for m in needed}
@@ -378,9 +430,7 @@ def toy_anchor(args, run):
     anchor = Run(TOY_ANCHOR)
     if not anchor.finished():
         run.say(f"no CLIP weights: training the toy anchor (image-text) first, kept in {TOY_ANCHOR}")
-        options = ["--pair", "image-text", "--amp", args.amp, "--workers", str(args.workers)]
-        resumable = (TOY_ANCHOR / "state.pt").exists()
-        train(parse_args([*options, *(["--resume", str(TOY_ANCHOR)] if resumable else [])]), anchor)
+        train(parse_args(["--pair", "image-text", "--amp", args.amp, "--workers", str(args.workers)]), anchor)
     return ImageBind.load(TOY_ANCHOR / "model.pt")
 
 
@@ -396,10 +446,10 @@ def train(args, run):
     else:
         model, ready = initial_model(args, pairs, run)
         if run.main:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "config.json").write_text(json.dumps(vars(args) | {"torch": torch.__version__}, indent=1) + "\n")
+            run.begin(args)
     model.to(device)
-    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if device.type == "cuda" else None}[args.amp]
+    automatic = torch.bfloat16 if device.type == "cuda" else None
+    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}[args.amp]
     names = ["-".join(pair) for pair in pairs]
     first = names.index(start_state["pair"]) if start_state else 0
     for i in range(first, len(pairs)):

@@ -1,0 +1,178 @@
+"""What training does: it binds by images alone, resumes exactly, and stops with a reason."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import evaluate
+import train
+from evaluate import RunError, UsageError
+from model import ImageBind
+
+TRAIN = str(Path(train.__file__))
+
+
+def events(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [e["loss"] for e in events(folder) if e["event"] == "step"]
+
+
+def test_sound_and_text_agree_though_only_images_were_heard(run, monkeypatch, tmp_path):
+    read, seen = data.ToyWorld.read, set()
+    monkeypatch.setattr(data.ToyWorld, "read", lambda self, i, m: seen.add((self.split, m)) or read(self, i, m))
+    folder = run("--pair", "image-audio", "--samples", 6000, "--workers", 0, out=tmp_path / "bound")
+    figures = events(folder)[-1]
+    assert figures["event"] == "eval" and figures["pair"] == "image-audio" and figures["seconds"] > 0
+    assert {m for split, m in seen if split == "train"} == {"image", "audio"}  # no text was shown
+    assert figures["zeroshot_top1"]["audio"] > 0.4 and figures["retrieval_r1"]["audio->text"] > 0.4
+
+    anchor, bound = ImageBind.load("runs/toy-anchor/model.pt"), ImageBind.load(folder / "model.pt")
+    for modality in ("image", "text"):  # the frozen encoders did not move by a bit
+        for a, b in zip(anchor.encoder(modality).parameters(), bound.encoder(modality).parameters()):
+            assert torch.equal(a, b)
+
+    # the same training on pairs that do not belong together teaches nothing
+    monkeypatch.setattr(data.ToyWorld, "read", lambda self, i, m: read(self, i + (m == "audio" and self.split == "train"), m))
+    shuffled = events(run("--pair", "image-audio", "--samples", 6000, "--workers", 0, out=tmp_path / "shuffled"))[-1]
+    assert shuffled["zeroshot_top1"]["audio"] < 0.06 and shuffled["chance"] == 1 / 64
+
+
+@pytest.mark.parametrize("amp,workers", [("off", 0), ("bf16", 2)])
+def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, amp, workers):
+    options = ["--pair", "image-imu", "--steps", 8, "--amp", amp, "--workers", workers]
+    whole = run(*options, out=tmp_path / "whole")
+    take_step, count = train.take_step, 0
+
+    def stop_at_five(*args):
+        nonlocal count
+        count += 1
+        train.STOP.is_set = count == 4
+        return take_step(*args)
+
+    monkeypatch.setattr(train, "take_step", stop_at_five)
+    with pytest.raises(RunError, match="--resume"):
+        run(*options, out=tmp_path / "stopped")
+    assert len(losses(tmp_path / "stopped")) == 5
+    monkeypatch.setattr(train.STOP, "is_set", False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "stopped")])
+    train.main()
+    a, b = (torch.load(f / "model.pt", weights_only=True)["weights"] for f in (whole, tmp_path / "stopped"))
+    assert all(torch.equal(a[key], b[key]) for key in a) and losses(whole) == losses(tmp_path / "stopped")
+
+
+def test_two_processes_have_the_losses_of_one(workplace, tmp_path):
+    options = [TRAIN, "--pair", "image-audio", "--steps", "20", "--workers", "1", "--out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    one = subprocess.Popen([sys.executable, *options, tmp_path / "one"], cwd=workplace, env=environment)
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options, tmp_path / "two"]
+    subprocess.run(two, cwd=workplace, check=True, env=environment)
+    assert one.wait() == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert len(losses(tmp_path / "two")) == 20
+
+
+def test_fp16_passes_over_a_step_that_overflows(run, monkeypatch, tmp_path):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled))
+    run("--pair", "image-imu", "--steps", 3, "--amp", "fp16", "--workers", 0, out=tmp_path / "overflow")
+    state = torch.load(tmp_path / "overflow" / "state.pt", weights_only=True)
+    assert state["scaler"]["scale"] < 2.0**40 and state["step"] == 3
+    taken = [int(s["step"]) for s in state["optimizer"]["state"].values()]
+    assert not taken or max(taken) < 3  # at least one step was not taken
+    assert all(w.isfinite().all() for w in state["model"]["weights"].values())
+
+
+def test_both_towers_learn_where_neither_has_weights(run, tmp_path):
+    folder = run("--pair", "depth-imu", "--steps", 2, "--workers", 0, out=tmp_path / "new")
+    torch.manual_seed(0)
+    start = ImageBind([train.preset("tiny", m) for m in ("depth", "imu")]).state_dict()
+    end = ImageBind.load(folder / "model.pt").state_dict()
+    assert all(not torch.equal(start[f"encoders.{m}.proj.weight"], end[f"encoders.{m}.proj.weight"]) for m in ("depth", "imu"))
+
+
+def test_weight_decay_is_for_matrices_only():
+    encoder = ImageBind([train.preset("tiny", "audio")]).encoder("audio")
+    decayed, free = (group["params"] for group in train.make_optimizer([encoder], {"lr": 1e-3, "weight_decay": 0.2}).param_groups)
+    names = {id(p): name for name, p in encoder.named_parameters()}
+    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed)
+    assert {"cls", "pos", "blocks.0.attn.bias_k", "blocks.0.fc1.bias", "norm.weight"} <= {names[id(p)] for p in free}
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero():
+    row = {"lr": 1.0, "warmup": 2, "steps_per_epoch": 5, "steps": 50}
+    rates = [train.learning_rate(step, row) for step in range(50)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and rates[30] == pytest.approx(0.5)
+    assert rates[49] < 0.01
+
+
+@pytest.mark.parametrize("options,reason", [
+    (["--pair", "image-smell"], "image-smell"),
+    (["--pair", "image"], "two different"),
+    (["--resume", "nowhere"], "nowhere: no run"),
+    (["--pair", "image-audio", "--init", "none.pt"], "none.pt: no such file"),
+    (["--pair", "image-audio", "--init", "runs/toy-anchor", "--preset", "base"], "64 wide"),
+    (["--pair", "image-audio", "--data", "none.csv"], "none.csv"),
+    (["--pair", "image-audio", "--data", "m.csv"], "no column audio"),
+    (["--pair", "image-text", "--data", "m.csv"], "text is empty"),
+    (["--pair", "image-thermal", "--data", "m.csv"], "none of the first 1 image files exists"),
+    (["--pair", "image-audio", "--batch-size", "0"], "--batch-size"),
+])
+def test_wrong_use_is_one_line_and_writes_nothing(workplace, monkeypatch, options, reason):
+    monkeypatch.chdir(workplace)
+    Path("m.csv").write_text("image,text,thermal\nnone.png,,none.png\n")
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["train.py", *options])
+    with pytest.raises((UsageError, data.DataError)) as error:
+        train.main()
+    assert reason in str(error.value) and "\n" not in str(error.value)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_run_is_never_written_over(run, workplace):
+    with pytest.raises(UsageError, match="holds a run"):
+        run("--pair", "image-audio", out=train.TOY_ANCHOR)
+
+
+def manifest(folder, rows, broken):
+    """A manifest of pictures and texts whose rows in `broken` name a file that is no picture."""
+    world = data.ToyWorld(size=rows)
+    lines = ["image,text"]
+    for i in range(rows):
+        path = folder / f"{i}.png"
+        data.Image.fromarray(world.read(i, "image")).save(path) if i not in broken else path.write_bytes(b"broken")
+        lines.append(f"{path.name},\"{world.read(i, 'text')}\"")
+    (folder / "m.csv").write_text("\n".join(lines) + "\n")
+    return folder / "m.csv"
+
+
+def test_unreadable_items_are_named_once_and_too_many_end_the_run(run, tmp_path):
+    path = manifest(tmp_path, rows=150, broken={3})
+    options = ["--pair", "image-text", "--preset", "tiny", "--data", path, "--workers", 0, "--batch-size", 50, "--epochs", 2]
+    folder = run(*options, out=tmp_path / "one")
+    assert [line.split("\t")[0] for line in (folder / "bad_items.txt").read_text().splitlines()] == ["m.csv:4"]
+    assert events(folder)[-2]["bad"] == 2  # met in both epochs
+    path = manifest(tmp_path, rows=150, broken=set(range(10)))
+    with pytest.raises(RunError, match="more than --max-bad"):
+        run(*options, out=tmp_path / "many")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_items(run, monkeypatch, tmp_path):
+    encode = ImageBind.encode
+    monkeypatch.setattr(ImageBind, "encode", lambda self, m, x: encode(self, m, x) * (float("nan") if m == "imu" else 1))
+    with pytest.raises(RunError, match=r"loss is nan at step 1 of image-imu.*toy:train/\d+"):
+        run("--pair", "image-imu", "--steps", 3, "--workers", 0, out=tmp_path / "nan")
+
+
+def test_exit_status_and_one_line(tmp_path):
+    for script in (TRAIN, evaluate.__file__):
+        result = subprocess.run([sys.executable, script, "--nonsense"], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
