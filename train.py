@@ -262,7 +262,8 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
                       args.seed, start=step, rank=rank, world=processes())
     samples = data.Samples(source, {m: model.encoder(m).config for m in pair}, args.seed)
     loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=args.workers,
-                                              collate_fn=data.collate, pin_memory=device.type == "cuda"))
+                                              collate_fn=data.collate, worker_init_fn=ignore_signals,
+                                              pin_memory=device.type == "cuda"))
     progress = tqdm(total=row["steps"], initial=step, desc=name, unit="step", disable=None if run.main else True)
     last_save = time.monotonic()
     while step < row["steps"]:
@@ -369,6 +370,12 @@ class Stop:
 
 
 STOP = Stop()
+
+
+def ignore_signals(worker):
+    """In loader processes: a signal to the whole group ends the run through the main process alone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def open_source(args, pair):
