@@ -428,7 +428,8 @@ def export_imagebind(model, path):
     is made with the same widths, blocks and kernel: for the sizes of "huge", imagebind_huge(). Logit
     scales are those of model.pairs, or the released ones. The original computes with exact GELU and
     LayerNorms of eps 1e-6, and has all six towers at fixed input sizes: raises ValueError where a tower is
-    missing or differs. Other eps are let through: from CLIP's 1e-5 embeddings move by about 1e-4.
+    missing or differs. Towers read from CLIP have eps 1e-5 and go out all the same, as ImageBind's
+    own did: their embeddings move a little.
     """
     weights, released = {}, PRESETS["huge"]
     missing = [m for m in released if m not in model.encoders]
