@@ -258,6 +258,8 @@ def load_pretrained(name, heads=None):
             raise ValueError(f"holds a {type(content).__name__}, not weights by name")
         if "configs" in content:  # what train.py wrote
             return ImageBind.from_state(content)
+        if set(heads or {}) - set(PRESETS["huge"]):
+            raise ValueError(f"heads are given for {', '.join(heads)}, but encoders are {', '.join(PRESETS['huge'])}")
         label = f"{path.name} {content.get('name', '')}"  # OpenCLIP's training run says which model it was
         tensors = plain_names(content.pop("state_dict", content))
         layout = layout_of(tensors)
