@@ -109,7 +109,7 @@ def naming(path):
         yield
     except Exception as error:
         reason = f"cut short, or not a checkpoint ({type(error).__name__})"
-        if type(error) is ValueError or isinstance(error, OSError):
+        if type(error) in (ValueError, PermissionError):
             reason = str(error)
         if "GLOBAL" in str(error):  # weights_only met something to import
             what = regex.search(r"GLOBAL (\S+)", str(error))
@@ -141,10 +141,11 @@ def read_archive(archive, root):
     torch.jit.load would run the code. Here modules become empty objects that only keep their
     attributes, the names on a short list rebuild tensors, and any other name is refused.
     """
+    def rebuild(storage, offset, size, stride, *_):
+        return storage.as_strided(size, stride, offset)  # which checks the bounds
+
     module = type("Module", (), {})
-    names = {("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_:
-             storage.as_strided(size, stride, offset),
-             ("collections", "OrderedDict"): OrderedDict,
+    names = {("torch._utils", "_rebuild_tensor_v2"): rebuild, ("collections", "OrderedDict"): OrderedDict,
              ("torch.jit._pickle", "build_intlist"): list}
     storages = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
                 "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32}
@@ -243,11 +244,12 @@ def their_name(layout, modality, ours):
 def load_pretrained(name, heads=None):
     """ImageBind with every encoder that a checkpoint holds, float32 on the CPU.
 
-    name: a name of DOWNLOADS, a file, or a folder as Hugging Face and OpenCLIP publish them. Sizes
-    come from the shapes. heads, as {"image": 2, "text": 4}, says how many attention heads where the
-    file does not: see hidden_settings. A 2-D patch convolution is spread evenly over two frames: a
-    still, every frame the same, has the embedding that it had. model.pairs holds the logit scales
-    of the file, "image-text" and, for the released ImageBind, "image-audio" and so on.
+    name: a name of DOWNLOADS, a file, or a folder: a run's, or as Hugging Face and OpenCLIP publish
+    them. Weights stored as float32 stay in the file until they are first used. Sizes come from the
+    shapes; heads, as {"image": 2, "text": 4}, says how many attention heads where the file does not
+    (see hidden_settings). A 2-D patch convolution is spread evenly over two frames: a still, every
+    frame the same, has the embedding that it had. model.pairs holds the logit scales of the file,
+    capped at 100: "image-text" and, for the released ImageBind, "image-audio" and so on.
 
     Raises ValueError, one line that names the file, for whatever cannot be read or known.
     """
@@ -276,7 +278,8 @@ def find_weights(name):
     """Path of the file that a name, a path or a folder stands for."""
     path = Path(name)
     if path.is_dir():
-        names = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        names = ("model.pt", "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
+                 "open_clip_pytorch_model.bin")
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise ValueError(f"{path}: no weights in this folder, none of {', '.join(names)}")

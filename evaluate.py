@@ -150,7 +150,7 @@ def trained_together(model, a, b):
 
 
 def load_model(name, heads=None):
-    """The model of a run's folder or of any file or name that load_pretrained takes; by default the newest run."""
+    """What load_pretrained makes of a run's folder, a file or a name; by default of the newest run."""
     if name is None:
         found = sorted(Path("runs").glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
         found = [p for p in found if p.parent.name != "toy-anchor"] or found
@@ -158,9 +158,8 @@ def load_model(name, heads=None):
             raise UsageError("no run below runs/; train one, or name a --checkpoint")
         name = found[-1]
         print(f"checkpoint: {name}")
-    run = Path(name) / "model.pt"
     try:
-        return load_pretrained(run if run.is_file() else name, heads)
+        return load_pretrained(name, heads)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -29,6 +29,11 @@ def test_sound_is_the_original_s():
     assert abs(x.mean() - recorded["mean"]) < 1e-5 and abs(x.std() - recorded["std"]) < 1e-5
 
 
+def test_a_clip_starts_at_the_original_s_sample():
+    starts = data.spread(40988 / 16000, 2, 3)  # a third of the room is 2996 samples, but for rounding
+    assert [int(start * 16000) for start in starts] == [0, 2995, 5991]
+
+
 def test_token_lists_are_the_original_s():
     try:
         tokenizer = clip_weights.Tokenizer(clip_weights.read_merges(clip_weights.vocabulary_file()))
@@ -39,7 +44,7 @@ def test_token_lists_are_the_original_s():
 
 
 class Counting(data.Video):
-    """A video whose frame i is i everywhere but for the column and row number in red and green."""
+    """A video whose pixels say where they are: red the column, green the row, blue the frame."""
 
     def __init__(self, fps, count, height, width):
         self.fps, self.count, self.height, self.width = fps, count, height, width
