@@ -5,7 +5,7 @@ Preprocessing follows the paper's appendix and the released inference code
 the toy world, tables of files, and the data set that draws training and evaluation samples.
 
 Each modality is first *read* into one plain form, whatever the file or generator behind it:
-image (H, W, 3) uint8, video a `Video`, text a string, audio a waveform (1, T) at 16 kHz, depth
+image (H, W, 3) uint8, video a `Video`, text a string, audio a waveform (channels, T) at 16 kHz, depth
 the disparity (H, W), thermal (H, W) in 0..1, imu (6, T). Then it is *transformed* to the tensor
 that the encoder of a given config reads.
 
@@ -18,6 +18,7 @@ import math
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 AUDIO_MEAN, AUDIO_STD = -4.268, 9.138  # of log-mel energies on AudioSet
 DEPTH_MEAN, DEPTH_STD = 0.0418, 0.0295  # of disparities
 SAMPLE_RATE = 16000  # Hz
-AUDIO_CLIPS, VIDEO_CLIPS, CLIP_SECONDS = 3, 5, 2.0  # per item in evaluation
+AUDIO_CLIPS, VIDEO_CLIPS, CLIP_SECONDS = 3, 5, 2  # per item in evaluation
 MAX_PIXELS = 100_000_000
 
 
@@ -60,7 +61,7 @@ def open_picture(path):
 
 
 def read_audio(path):
-    """Sound file -> first channel (1, T) float32 at 16 kHz. WAV needs nothing else; other formats torchcodec."""
+    """Sound file -> (channels, T) float32 at 16 kHz. WAV needs nothing else; other formats torchcodec."""
     content = Path(path).read_bytes()
     if content[:4] == b"RIFF":
         wave, rate = parse_wav(content)
@@ -68,7 +69,7 @@ def read_audio(path):
         decoder = import_torchcodec().decoders.AudioDecoder(content)
         samples = decoder.get_all_samples()
         wave, rate = samples.data, samples.sample_rate
-    wave = wave[:1].float()
+    wave = wave.float()
     if wave.shape[1] == 0:
         raise DataError("no sound in it")
     if not wave.isfinite().all():
@@ -296,8 +297,14 @@ def clip_frames(video, start, count):
 
 
 def spread(duration, clip, count):
-    """Starts (s) of `count` clips spread evenly over a duration; all 0 if it is shorter than a clip."""
-    return [max(0.0, duration - clip) * i / (count - 1) for i in range(count)]
+    """Starts (s) of `count` clips spread evenly over a duration; all 0 if it is shorter than a clip.
+
+    A step is 1 / count of the room, as in the sampler of the pytorchvideo release (0.1.5) that the
+    original's figures were recorded with; pytorchvideo's later commits step by 1 / (count - 1), up
+    to the very end. Exact fractions, as there: by rounding, a start decides which sample comes
+    first, and one sample moves a spectrogram visibly.
+    """
+    return [Fraction(max(0.0, duration - clip)) * i / count for i in range(count)]
 
 
 def transform_text(x, config, rng, view):
@@ -307,15 +314,21 @@ def transform_text(x, config, rng, view):
 def transform_audio(x, config, rng, view):
     """Log-mel clips, (3, 1, bins, frames) in evaluation and (1, bins, frames) in training.
 
-    204 frames of 10 ms show 2 s of sound; a sound shorter than that is followed by zeros.
+    204 frames of 10 ms show 2 s of sound; a sound shorter than that is followed by zeros. Of
+    several channels the first is heard. The mean is taken off all channels together, clip after
+    clip in place, so that where clips overlap it is taken off again: so does the original, and in
+    a bin that is near silent beside loud ones the rounding shows.
     """
     _, bins, frames = config.input_shape
-    seconds = CLIP_SECONDS * frames / 204
+    seconds = Fraction(CLIP_SECONDS * frames, 204)
     duration = x.shape[1] / SAMPLE_RATE
     starts = spread(duration, seconds, AUDIO_CLIPS) if rng is None else [rng.random() * max(0.0, duration - seconds)]
-    clips = [x[:, int(s * SAMPLE_RATE) : int((s + seconds) * SAMPLE_RATE)] for s in starts]
-    clips = torch.stack([log_mel(clip, bins, frames) for clip in clips])
-    clips = (clips - AUDIO_MEAN) / AUDIO_STD
+    x, clips = x.clone(), []
+    for start in starts:
+        clip = x[:, int(start * SAMPLE_RATE) : int((start + seconds) * SAMPLE_RATE)]
+        clip -= clip.mean()
+        clips.append(log_mel(clip[:1], bins, frames))
+    clips = (torch.stack(clips) - AUDIO_MEAN) / AUDIO_STD
     if rng is None:
         return clips
     width = int(rng.integers(0, 12 * bins // 128 + 1))  # frequency masking, 12 of 128 bins
@@ -325,8 +338,8 @@ def transform_audio(x, config, rng, view):
 
 
 def log_mel(wave, bins, frames):
-    """Waveform (1, T) at 16 kHz -> Kaldi's log-mel filter bank (1, bins, frames)."""
-    wave = F.pad(wave - wave.mean(), (0, max(0, 400 - wave.shape[1])))  # one window of 25 ms at least
+    """Waveform (1, T) at 16 kHz, its mean taken off -> Kaldi's log-mel filter bank (1, bins, frames)."""
+    wave = F.pad(wave, (0, max(0, 400 - wave.shape[1])))  # one window of 25 ms at least
     mel = torchaudio.compliance.kaldi.fbank(
         wave, htk_compat=True, sample_frequency=SAMPLE_RATE, use_energy=False, window_type="hanning",
         num_mel_bins=bins, dither=0.0, frame_length=25, frame_shift=10).T[None, :, :frames]

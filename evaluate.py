@@ -7,9 +7,11 @@ belongs to the nearest class. Retrieval: the nearest item of another modality.
     python evaluate.py matrix                                  # newest run, toy world: every pair of modalities
     python evaluate.py zeroshot --modality audio               # the same run: held-out sounds named by text
     python evaluate.py retrieval --query text --gallery audio --data pairs.csv --checkpoint runs/image-audio
+    python evaluate.py compare --checkpoint imagebind_huge --image dog.jpg car.jpg --audio dog.wav car.wav --text "A dog." "A car"
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import MODALITIES, ImageBind, encoder_of
+from clip_weights import load_pretrained
+from model import MODALITIES, encoder_of
 
 TEMPLATES = ["a {}", "a photo of a {}", "there is a {}", "this is a {}", "look, a {}", "here is a {}"]
 
@@ -119,6 +122,23 @@ def emergence(model, source, modalities, batch_size=64, workers=0, limit=None):
     return recall, zeroshot, [b for _, _, bad in embedded.values() for b in bad]
 
 
+def modality_scale(model, modality):
+    """By how much the released model multiplies an embedding: 1 for image and video, else the logit
+    scale that the modality was trained with against them. 1 as well if it was not."""
+    pairs = (f"{anchor}-{modality}" for anchor in ("image", "video"))
+    return 1.0 if encoder_of(modality) == "image" else next((model.pairs[p] for p in pairs if p in model.pairs), 1.0)
+
+
+def match_probabilities(model, a, b, za, zb):
+    """Softmax over the items zb (M, E) of modality b for each of za (N, E) of a: (N, M), rows sum to 1.
+
+    The logit scale is the product of the two modalities' own, as in the original, whose README shows
+    these tables. What never met in training is so compared the most sharply: the released model's
+    audio (20) and text (100) at 2000.
+    """
+    return (modality_scale(model, a) * modality_scale(model, b) * za @ zb.T).softmax(dim=-1)
+
+
 def trained_together(model, a, b):
     """Whether any pair of this model trained these two modalities' encoders together."""
     pairs = [{encoder_of(m) for m in pair.split("-")} for pair in model.pairs]
@@ -129,8 +149,8 @@ def trained_together(model, a, b):
 # Command line
 
 
-def load_model(name):
-    """The model of a run's folder or a model.pt; by default that of the newest run."""
+def load_model(name, heads=None):
+    """What load_pretrained makes of a run's folder, a file or a name; by default of the newest run."""
     if name is None:
         found = sorted(Path("runs").glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
         found = [p for p in found if p.parent.name != "toy-anchor"] or found
@@ -138,11 +158,18 @@ def load_model(name):
             raise UsageError("no run below runs/; train one, or name a --checkpoint")
         name = found[-1]
         print(f"checkpoint: {name}")
-    path = Path(name) / "model.pt" if Path(name).is_dir() else Path(name)
     try:
-        return ImageBind.load(path)
+        return load_pretrained(name, heads)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def parse_heads(text):
+    """ "image=16,text=12" -> {"image": 16, "text": 12}."""
+    try:
+        return {modality: int(count) for modality, count in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: heads are given as image=16,text=12") from None
 
 
 def require(model, source, *modalities):
@@ -192,23 +219,59 @@ def print_matrix(model, modalities, recall):
         print(f"{a:9}" + "".join(f"{cell:>9}" for cell in cells))
 
 
+def compare(args, model, source):
+    order = sorted(MODALITIES, key=lambda m: m == "text")  # text names the columns
+    given = {m: getattr(args, m) for m in order if getattr(args, m)}
+    if len(given) < 2:
+        raise UsageError("compare needs items of at least two modalities, as --image dog.jpg --text 'a dog' 'a car'")
+    embeddings = {}
+    for modality, items in given.items():
+        if encoder_of(modality) not in model.encoders:
+            raise UsageError(f"the checkpoint has no {modality} encoder, only {', '.join(model.encoders)}")
+        config = model.encoder(modality).config
+        embeddings[modality] = torch.cat([model.embed(modality, data.load(modality, item, config)[None]) for item in items])
+    result = {}
+    for a, b in itertools.combinations(given, 2):
+        table = match_probabilities(model, a, b, embeddings[a], embeddings[b])
+        result[f"{a} x {b}"] = table.tolist()
+        print_probabilities(f"{a} x {b}", given[a], given[b], table)
+    return {"items": given, "softmax": result}
+
+
+def print_probabilities(title, rows, columns, table):
+    print(f"\n{title}, each row's softmax")
+    print(" " * 20 + "".join(f"{label(item)[:12]:>14}" for item in columns))
+    for item, row in zip(rows, table.tolist()):
+        print(f"{label(item)[:19]:20}" + "".join(f"{p:14.4e}" for p in row))
+
+
+def label(item):
+    """A file's name, or a text."""
+    return Path(item).name if Path(item).is_file() else item
+
+
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (zeroshot, retrieval, matrix):
+    for function in (zeroshot, retrieval, matrix, compare):
         sub = commands.add_parser(function.__name__)
-        sub.add_argument("--checkpoint", help="a run's folder or model.pt (default: the newest run)")
-        sub.add_argument("--data", default="toy", help="toy, or a manifest (CSV)")
-        sub.add_argument("--batch-size", type=int, default=64)
-        sub.add_argument("--workers", type=int, default=2)
+        sub.add_argument("--checkpoint", help="a run's folder or model.pt (default: the newest run), "
+                         "a CLIP or ImageBind file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
+        sub.add_argument("--heads", type=parse_heads, help="attention heads where the file does not say: image=16,text=12")
+        if function is not compare:
+            sub.add_argument("--data", default="toy", help="toy, or a manifest (CSV)")
+            sub.add_argument("--batch-size", type=int, default=64)
+            sub.add_argument("--workers", type=int, default=2)
         sub.add_argument("--json", help="also write the figures to this file")
         sub.set_defaults(function=function)
     commands.choices["zeroshot"].add_argument("--modality", choices=MODALITIES, required=True)
     commands.choices["retrieval"].add_argument("--query", choices=MODALITIES, required=True)
     commands.choices["retrieval"].add_argument("--gallery", choices=MODALITIES, required=True)
+    for modality in MODALITIES:
+        commands.choices["compare"].add_argument(f"--{modality}", nargs="+", metavar="TEXT" if modality == "text" else "FILE")
     args = parser.parse_args()
-    model = load_model(args.checkpoint)
-    result = args.function(args, model, data.open_data(args.data, "test"))
+    model = load_model(args.checkpoint, args.heads)
+    result = args.function(args, model, data.open_data(args.data, "test") if "data" in args else None)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
