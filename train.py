@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def parse_args(argv=None):
     add("--data", default="toy", help="toy, or a manifest: a CSV with a column for each modality")
     add("--eval-data", help="held-out data of the same kind (default: the toy world's test split, else none)")
     add("--preset", choices=("tiny", "base", "huge"), help="sizes of new encoders (default: tiny for toy, else base)")
-    add("--init", help="start from this run or model.pt")
+    add("--init", help="start from this run, model.pt, or released ImageBind file")
+    add("--clip", help="bind to this CLIP's frozen image and text encoders: a file, a folder, or a name such as ViT-B-16")
+    add("--heads", type=evaluate.parse_heads, help="attention heads of --clip where its file does not tell: image=16,text=8")
     add("--train-both", action="store_true", help="freeze nothing")
     add("--out", help="the run's folder (default: runs/PAIR, numbered if that exists)")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own options")
@@ -410,26 +413,28 @@ def start_processes(device):
 
 
 def initial_model(args, pairs, run):
-    """Encoders for all pairs: from --init, the toy anchor, or new. Returns the model and who has weights."""
-    kind = args.preset or ("tiny" if args.data == "toy" else "base")
+    """Encoders for all pairs: from --init, --clip or the toy anchor, or new. Returns the model and who has weights."""
+    kind = args.preset or ("tiny" if args.data == "toy" and not args.clip else "base")
     needed = list(dict.fromkeys(encoder_of(m) for pair in pairs for m in pair))
-    given = None
+    given, toy = [], args.data == "toy" and kind == "tiny"
     if args.init:
-        given = evaluate.load_model(args.init)
-    elif args.data == "toy" and kind == "tiny" and set(needed) & {"image", "text"} and set(needed) != {"image", "text"}:
-        given = toy_anchor(args, run)
+        given.append(evaluate.load_model(args.init))
+    if args.clip:
+        given.append(evaluate.load_model(args.clip, args.heads))
+    if not given and toy and set(needed) & {"image", "text"} and set(needed) != {"image", "text"}:
+        given.append(toy_anchor(args, run))
+    ready = {m: encoder for model in given for m, encoder in model.encoders.items()}  # --clip's over --init's
+    width = next(iter(ready.values())).config.embed_dim if args.clip else preset(kind, needed[0]).embed_dim
+    widths = {m: encoder.config.embed_dim for m, encoder in ready.items()} | {m: width for m in needed if m not in ready}
+    if len(set(widths.values())) > 1:
+        raise UsageError(f"encoders of one model share one embedding width, and with --init {args.init} they are "
+                         f"{', '.join(f'{m} {w}' for m, w in widths.items())}: name the --preset that it was made with")
     torch.manual_seed(args.seed)
-    configs = {m: preset(kind, m) for m in needed}
-    if given is not None:
-        configs |= {m: e.config for m, e in given.encoders.items()}
-    if len({c.embed_dim for c in configs.values()}) > 1:
-        raise UsageError(f"--init {args.init}: its embeddings are {next(iter(given.encoders.values())).config.embed_dim} wide, "
-                         f"those of --preset {kind} {preset(kind, needed[0]).embed_dim}: name the preset it was made with")
-    model = ImageBind(list(configs.values()))
-    if given is not None:
-        model.load_state_dict(given.state_dict(), strict=False)
-        model.pairs = given.pairs
-    return model, set(given.encoders) if given is not None else set()
+    model = ImageBind([replace(preset(kind, m), embed_dim=width) for m in needed if m not in ready])
+    model.encoders.update(ready)
+    for other in given:
+        model.pairs |= other.pairs
+    return model, set(ready)
 
 
 def toy_anchor(args, run):

@@ -119,7 +119,7 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
     (["--pair", "image"], "two different"),
     (["--resume", "nowhere"], "nowhere: no run"),
     (["--pair", "image-audio", "--init", "none.pt"], "none.pt: no such file"),
-    (["--pair", "image-audio", "--init", "runs/toy-anchor", "--preset", "base"], "64 wide"),
+    (["--pair", "image-audio", "--init", "runs/toy-anchor", "--preset", "base"], "image 64, text 64, audio 512"),
     (["--pair", "image-audio", "--data", "none.csv"], "none.csv"),
     (["--pair", "image-audio", "--data", "m.csv"], "no column audio"),
     (["--pair", "image-text", "--data", "m.csv"], "text is empty"),
