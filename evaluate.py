@@ -404,16 +404,16 @@ def arithmetic(args, model, source):
     return {"add": args.add, "gallery": args.gallery, "items": len(g), **unreadable(bad), "found": found}
 
 
-def toy_arithmetic(args, model, size=512):
+def toy_arithmetic(args, model):
     """One concept by the first modality + another by the second must find, first, a scene that shows both.
 
     Gallery: scenes of two concepts, and as many of one. The queries show the concepts of each scene
     alone, in other samples than those of the gallery.
     """
-    scenes = data.ToyWorld("test", size, seed=1, crowded=1.0)
-    single, queries = (data.ToyWorld("test", size, seed, crowded=0.0) for seed in (2, 3))
+    C, size = len(data.ToyWorld.classes), args.scenes
+    scenes, single = data.ToyWorld("test", size, seed=1, crowded=1.0), data.ToyWorld("test", size, seed=2)
+    queries = data.ToyWorld("test", -(-size // C) * C, seed=3)
     require(model, scenes, args.gallery, *args.parts)
-    C = len(scenes.classes)
 
     def embed(world, modality):
         return embed_items(model, world, modality, args.batch_size, args.workers)[0]
@@ -569,6 +569,7 @@ def main():
     add["arithmetic"]("--add", nargs="+", metavar="MODALITY=ITEM", help="what to add up: files, or text")
     add["arithmetic"]("--gallery", choices=MODALITIES, default="image", help="what is searched")
     add["arithmetic"]("--parts", choices=MODALITIES, nargs=2, default=["image", "audio"], help="without --add, in the toy world")
+    add["arithmetic"]("--scenes", type=positive, default=512, help="and how many; the gallery holds as many single things")
     add["arithmetic"]("--top", type=positive, default=5, help="how many found items to show")
     add["suite"]("--root", required=True, help="a folder with the paper's data sets, at most two levels below")
     add["suite"]("--out", help="keeps a file per finished data set (default: the --json file's name without ending, or suite)")
