@@ -2,7 +2,8 @@
 
 Preprocessing follows the paper's appendix and the released inference code
 (https://arxiv.org/abs/2305.05665). In reading order: decoding files, transforming what they hold,
-the toy world, tables of files, and the data set that draws training and evaluation samples.
+the toy world, tables of files, the readers of the paper's data sets, and the data set that draws
+training and evaluation samples.
 
 Each modality is first *read* into one plain form, whatever the file or generator behind it:
 image (H, W, 3) uint8, video a `Video`, text a string, audio a waveform (channels, T) at 16 kHz, depth
@@ -10,18 +11,26 @@ the disparity (H, W), thermal (H, W) in 0..1, imu (6, T). Then it is *transforme
 that the encoder of a given config reads.
 
     python data.py            # counts of the toy world, and toy.png with samples in all modalities
+    python data.py NAME:ROOT  # counts, classes, absent files and one sample of a data set of the paper
 """
 
 import csv
 import io
+import json
 import math
+import os
+import re
 import struct
+import sys
+import zlib
+from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -119,6 +128,8 @@ def import_torchcodec():
 class Video:
     """Frames by index: `fps`, `count`, and frames(indices) -> (T, 3, H, W) uint8."""
 
+    first = 0  # frame of the file that is frame 0 here
+
     def __init__(self, path):
         self.decoder = import_torchcodec().decoders.VideoDecoder(str(path))
         self.fps, self.count = self.decoder.metadata.average_fps, len(self.decoder)
@@ -126,7 +137,12 @@ class Video:
             raise DataError("no frames in it")
 
     def frames(self, indices):
-        return self.decoder.get_frames_at(indices=list(indices)).data
+        return self.decoder.get_frames_at(indices=[self.first + i for i in indices]).data
+
+    def cut(self, first, last):
+        """Makes frames first..last the whole of it."""
+        self.first, self.count = self.first + first, last - first
+        return self
 
 
 def read_depth(path, baseline=0.075, focal_length=518.86, sunrgbd=False):
@@ -475,8 +491,10 @@ class ToyWorld:
     and from disjoint wordings, so no sample is in both.
     """
 
-    columns = MODALITIES
+    columns = header = MODALITIES
     classes = CONCEPT_NAMES
+    multi_label, absent = False, 0
+    templates = ("a {}", "a photo of a {}", "there is a {}", "this is a {}", "look, a {}", "here is a {}")
     crop_scale = (0.8, 1.0)
     canvas = 40  # pixels; an encoder sees 32
 
@@ -503,6 +521,17 @@ class ToyWorld:
 
     def label(self, index):
         return self.scene(index)[0].concept
+
+    def item(self, index):
+        return index
+
+    def about(self, index, modality):
+        """What a user knows an item by."""
+        return f"{self.name(index)} {self.read(index, 'text')}"
+
+    def concepts(self, index):
+        """The concepts that a sample shows, left to right."""
+        return [thing.concept for thing in self.scene(index)]
 
     def name(self, index):
         return f"toy:{self.split}/{index}"
@@ -628,21 +657,29 @@ def ringing(resonance):
 
 
 class Table:
-    """Rows of a CSV whose header names modalities, and perhaps `label`, `baseline`, `focal_length`.
+    """Rows of a CSV whose header names modalities; `content` (bytes) stands for the file where there is none.
 
-    Cells are paths relative to the table's folder; text stands inline. Only the offset of each
-    row is kept in memory and a row is parsed when it is read, so that millions of rows cost
-    little and worker processes share them. Raises DataError if the file is not such a table.
+    Cells are paths relative to the table's folder; text stands inline. Other columns, where they are:
+    `label` (a class) or `labels` (several, by |), `fold`, `item` (rows of the same item, which differ in
+    their text alone); `baseline`, `focal_length`, `sunrgbd` (read_depth); `box` (x0 y0 x1 y1, the part of
+    a picture); `start` and `seconds` (of a clip in its recording). Only the offset of each row is kept in
+    memory and a row is parsed when it is read, so that millions of rows cost little and worker processes
+    share them. `classes`: names by label, in order; a name may hold alternatives by |. `absent`: items
+    listed by a data set whose files are not there. Raises DataError if the file is not such a table.
     """
 
     crop_scale = (0.35, 1.0)
 
-    def __init__(self, path):
-        self.path, self.root = Path(path), Path(path).parent
+    def __init__(self, path, content=None, classes=None, absent=0):
+        self.path, self.root, self.content, self.absent = Path(path), Path(path).parent, content, absent
         with naming(path):
-            self.offsets = row_offsets(path)  # (rows + 2,): of the header, of each row, of the end
+            with self._open() as file:
+                self.offsets = row_offsets(file)  # (rows + 2,): of the header, of each row, of the end
             self.header = self._cells(0)
         self.columns = [c for c in self.header if c in MODALITIES]
+        self.multi_label = "labels" in self.header
+        if classes is not None:
+            self.names_by_label = classes
         if not self.columns or len(self) < 1:
             raise DataError(f"{path}: a manifest is a CSV with a header naming modalities ({', '.join(MODALITIES)}) "
                             f"and at least one row; this header is {', '.join(self.header)[:100] or 'empty'}")
@@ -650,55 +687,438 @@ class Table:
     def __len__(self):
         return len(self.offsets) - 2
 
+    def _open(self):
+        return open(self.path, "rb") if self.content is None else io.BytesIO(self.content)
+
     def _cells(self, line):
-        with open(self.path, "rb") as file:
+        with self._open() as file:
             file.seek(self.offsets[line])
             content = file.read(self.offsets[line + 1] - self.offsets[line])
         return next(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")), [])
 
     def row(self, index):
-        return dict(zip(self.header, self._cells(index + 1)))
+        return dict.fromkeys(self.header, "") | dict(zip(self.header, self._cells(index + 1)))
 
     def name(self, index):
         return f"{self.path.name}:{index + 1}"
+
+    def about(self, index, modality):
+        """What a user knows an item by."""
+        return self.row(index)[modality]
 
     def read(self, index, modality):
         row = self.row(index)
         cell = row.get(modality, "").strip()
         if not cell:
             raise DataError(f"{modality} is empty")
-        options = {key: float(row[key]) for key in ("baseline", "focal_length") if modality == "depth" and row.get(key)}
         with naming(cell):
-            return READERS[modality](cell if modality == "text" else self.root / cell, **options)
+            if modality == "text":
+                return read_text(cell)
+            if modality == "imu" and row.get("start"):
+                return read_imu(imu_window(self.root / cell, float(row["start"]), float(row["seconds"])))
+            keys = ("baseline", "focal_length", "sunrgbd") if modality == "depth" else ()
+            return cut(READERS[modality](self.root / cell, **{k: float(row[k]) for k in keys if row.get(k)}), modality, row)
 
     @cached_property
+    def names_by_label(self):
+        rows = (self._labels(i) for i in range(len(self))) if {"label", "labels"} & set(self.header) else ()
+        return {label: label for label in sorted({label for labels in rows for label in labels})}
+
+    @property
     def classes(self):
-        """Sorted class names of the `label` column; empty without one."""
-        return sorted({self.row(i)["label"] for i in range(len(self))}) if "label" in self.header else []
+        """Class names in order, by default the sorted labels; empty without a label column."""
+        return list(self.names_by_label.values())
+
+    @cached_property
+    def _class_of(self):
+        return {label: i for i, label in enumerate(self.names_by_label)}
+
+    def _labels(self, index):
+        row = self.row(index)
+        return [part for part in (row["labels"].split("|") if self.multi_label else [row.get("label", "")]) if part]
+
+    def labels(self, index):
+        """All classes of an item, as indices."""
+        return [self._class_of[label] for label in self._labels(index) if label in self._class_of]
 
     def label(self, index):
-        return self.classes.index(self.row(index)["label"])
+        """The (first) class of an item, -1 if it has none."""
+        return next(iter(self.labels(index)), -1)
+
+    @cached_property
+    def _items(self):
+        first = {}
+        return [first.setdefault(self.row(i)["item"], i) for i in range(len(self))]
+
+    def item(self, index):
+        """Index of the first row of the item that this row is about."""
+        return self._items[index] if "item" in self.header else index
 
 
-def row_offsets(path):
-    """Byte offset of every CSV row and of the end: newlines inside quotes do not end a row."""
+def row_offsets(file):
+    """Byte offset of every CSV row of a binary file and of its end: newlines inside quotes do not end a row."""
     found, at, quotes = [np.zeros(1, np.int64)], 0, 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            content = np.frombuffer(chunk, np.uint8)
-            inside = (quotes + np.cumsum(content == ord('"'))) % 2
-            found.append(np.flatnonzero((content == ord("\n")) & (inside == 0)) + at + 1)
-            at, quotes = at + len(chunk), int(inside[-1])
+    while chunk := file.read(1 << 24):
+        content = np.frombuffer(chunk, np.uint8)
+        inside = (quotes + np.cumsum(content == ord('"'))) % 2
+        found.append(np.flatnonzero((content == ord("\n")) & (inside == 0)) + at + 1)
+        at, quotes = at + len(chunk), int(inside[-1])
     offsets = np.concatenate(found)
     return offsets if offsets[-1] == at else np.append(offsets, at)  # a last line without newline
 
 
+def cut(x, modality, row):
+    """The part of a picture inside the row's `box`, or of a recording from its `start` on.
+
+    Data sets of clips lie on disks as clips or as whole recordings: a file that is longer than the
+    clip by more than a second, and reaches its start, is the whole recording.
+    """
+    if row.get("box") and modality in ("image", "thermal"):
+        x0, y0, x1, y1 = map(int, row["box"].split())
+        x = x[y0:y1, x0:x1]
+        if 0 in x.shape:
+            raise DataError(f"the box {row['box']} is not in the picture")
+    if row.get("start") and modality in ("audio", "video"):
+        size, rate = (x.shape[1], SAMPLE_RATE) if modality == "audio" else (x.count, x.fps)
+        first, last = (round(seconds * rate) for seconds in (float(row["start"]), float(row["start"]) + float(row["seconds"])))
+        if first < size and size > last - first + rate:
+            return x[:, first:last] if modality == "audio" else x.cut(first, min(last, size))
+    return x
+
+
+def imu_window(path, start, seconds):
+    """Rows (T, 6) of Ego4D's table of one recording, of hours at 200 Hz: found by bisection, not by reading it all."""
+    with open(path, "rb") as file:
+        names = file.readline().decode().strip().split(",")
+        first, size = file.tell(), path.stat().st_size
+        columns = [names.index(f"{kind}_{axis}") for kind in ("accl", "gyro") for axis in "xyz"]
+        time = names.index("canonical_timestamp_ms")
+
+        def next_row(byte):  # the first whole row from a byte on
+            file.seek(byte - 1)
+            file.readline()
+            return file.readline()
+
+        def milliseconds(byte):
+            return float(row.split(b",")[time]) if (row := next_row(byte)) else math.inf
+
+        row, rows = next_row(first + bisect_left(range(first, size), start * 1000, key=milliseconds)), []
+        while row and float((cells := row.split(b","))[time]) < (start + seconds) * 1000:
+            rows.append([float(cells[c]) for c in columns if cells[c].strip()])
+            row = file.readline()
+    return [row for row in rows if len(row) == 6]
+
+
+# ---------------------------------------------------------------------------------------------
+# The paper's data sets, from their official layouts to rows
+#
+# A reader takes the root and a split ("train" or "test", whatever the set calls them) and returns
+# its rows and, where the rows do not tell them, the names of the classes by label. A row whose
+# files are all absent is counted, not kept.
+
+ENDINGS = {ending: kind for kind, endings in {
+    "audio": ".wav .flac .ogg .mp3 .m4a .opus", "video": ".mp4 .webm .mkv .avi .mov",
+    "image": ".jpg .jpeg .png .bmp", "imu": ".csv", "annotation": ".xml"}.items() for ending in endings.split()}
+SENSORS = {"kv1": 0.075, "kv2": 0.075, "realsense": 0.095, "xtion": 0.095}  # SUN RGB-D: baseline in metres
+SUN_CLASSES = ("bathroom bedroom classroom computer_room conference_room corridor dining_area dining_room discussion_area "
+               "furniture_store home_office kitchen lab lecture_theatre library living_room office rest_space "
+               "study_space").split()
+NYU_CLASSES = "bedroom kitchen living_room bathroom dining_room office home_office classroom bookstore".split()
+NYU_OTHERS = ("basement|cafe|computer lab|conference room|dinette|exercise room|foyer|furniture store|home storage|"
+              "indoor balcony|laundry room|office kitchen|playroom|printer room|reception room|student lounge|study|study room")
+
+
+def lines_of(root, name, delimiter=","):
+    """Cells of each line of a table below the root."""
+    if not (root / name).is_file():
+        raise DataError(f"no {name} in it")
+    with open(root / name, newline="", encoding="utf-8-sig") as file:
+        yield from (cells for cells in csv.reader(file, delimiter=delimiter, skipinitialspace=True) if cells)
+
+
+def rows_of(root, name):
+    """Each line of a table with a header, as a dict."""
+    lines = lines_of(root, name)
+    header = next(lines, [])
+    return (dict(zip(header, cells)) for cells in lines)
+
+
+def files_below(root, folder=".", keys=lambda stem: [stem]):
+    """Paths, relative to the root, of the files below a folder by kind and stem: ["audio"]["dog"]."""
+    if not (root / folder).is_dir():
+        raise DataError(f"no folder {folder} in it")
+    found = {kind: {} for kind in ENDINGS.values()}
+    for place, folders, names in os.walk(root / folder, followlinks=True):
+        folders.sort()
+        inside = Path(os.path.relpath(place, root))
+        for stem, ending in map(os.path.splitext, sorted(names)):
+            for key in keys(stem) if ending.lower() in ENDINGS else ():
+                found[ENDINGS[ending.lower()]].setdefault(key, f"{inside}/{stem}{ending}")
+    return found
+
+
+def clip(files, *keys):
+    """Sound and video of a clip by the first key that names a file; the sound may lie in the video's file."""
+    video = next((files["video"][key] for key in keys if key in files["video"]), "")
+    return {"audio": next((files["audio"][key] for key in keys if key in files["audio"]), video), "video": video}
+
+
+def youtube_keys(stem):
+    """The id of 11 characters in ID, ID_anything, YID or YID_anything; the latter two with their Y."""
+    lengths = (11, 12) if stem.startswith("Y") else (11,)
+    return [stem[:n] for n in lengths if len(stem) == n or len(stem) > n and stem[n] in "_-. "]
+
+
+def audioset(root, split):
+    names = {"test": ["eval"], "train": ["balanced_train", "unbalanced_train"]}[split]
+    names = [f"{name}_segments.csv" for name in names]
+    classes = {row["mid"]: row["display_name"] for row in rows_of(root, "class_labels_indices.csv")}
+    files = files_below(root, keys=youtube_keys)
+    lines = (line for name in [n for n in names if (root / n).is_file()] or names[:1] for line in lines_of(root, name))
+    return ({"labels": labels.replace(",", "|"), "start": start, "seconds": float(end) - float(start),
+             **clip(files, name, "Y" + name)} for name, start, end, labels in (x for x in lines if x and x[0][0] != "#")), classes
+
+
+def esc50(root, split):
+    sounds = files_below(root, "audio")["audio"]
+    return ({"audio": sounds.get(Path(row["filename"]).stem), "label": row["category"].replace("_", " "), "fold": row["fold"]}
+            for row in rows_of(root, "meta/esc50.csv")), None
+
+
+def vggsound(root, split):
+    lines, files = [line for line in lines_of(root, "vggsound.csv") if line], files_below(root)
+    return ({"label": label, **clip(files, f"{name}_{int(float(start)):06d}")}
+            for name, start, label, part in lines if part == split), {label: label for label in sorted({x[2] for x in lines})}
+
+
+def clotho(root, split):
+    part = {"train": "development", "test": "evaluation"}[split]
+    rows, sounds = rows_of(root, f"clotho_captions_{part}.csv"), files_below(root, part)["audio"]
+    return ({"audio": sounds.get(Path(row["file_name"]).stem), "text": row[f"caption_{i}"], "item": row["file_name"]}
+            for row in rows for i in range(1, 6)), None
+
+
+def audiocaps(root, split):
+    files = files_below(root, keys=lambda stem: [stem, *youtube_keys(stem)])
+    return ({**clip(files, row["youtube_id"], "Y" + row["youtube_id"], row["audiocap_id"]), "text": row["caption"],
+             "start": row["start_time"], "seconds": 10, "item": f"{row['youtube_id']} {row['start_time']}"}
+            for row in rows_of(root, f"{split}.csv")), None
+
+
+def test_scenes(root):
+    """Test folders of SUN RGB-D, relative to the root: from test.txt, a folder per line, or the official allsplit.mat."""
+    official = "SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat"
+    places = [root / "test.txt", root / "allsplit.mat", root / official, root.parent / official]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise DataError("neither test.txt (a test folder per line) nor allsplit.mat in it")
+    content = path.read_bytes() if path.suffix == ".txt" else matlab_variable(path.read_bytes(), b"alltest")
+    folders = re.findall(rf"\b(?:{'|'.join(SENSORS)})/[\w./-]+".encode(), content)
+    if not folders:
+        raise DataError(f"no test folders in {path.name}")
+    return {folder.decode().rstrip("/") for folder in folders}
+
+
+def matlab_variable(content, name):
+    """A variable of a MATLAB 5 file as bytes without zeros, so that its UTF-16 strings read as ASCII.
+
+    The file: 128 bytes, then elements of type and size (4 bytes each) and content; type 15 is compressed.
+    """
+    at = 128
+    while at + 8 <= len(content):
+        kind, size = struct.unpack_from("<II", content, at)
+        element = content[at + 8 : at + 8 + size]
+        element = zlib.decompress(element) if kind == 15 else element
+        if name in element[:64]:
+            return element.replace(b"\0", b"")
+        at += 8 + size
+    return b""
+
+
+def scene_rows(root, split, folders):
+    """Rows of all scenes below these folders; empty for a scene that lacks one of the files."""
+    tests = test_scenes(root)
+    if not any((root / folder).is_dir() for folder in folders):
+        raise DataError(f"no folder {' or '.join(folders)} in it")
+    for place, inside, _ in (found for folder in folders for found in os.walk(root / folder)):
+        scene = Path(place).relative_to(root).as_posix()
+        inside.sort()
+        if "image" in inside:
+            inside.clear()
+            if (scene in tests) == (split == "test"):
+                yield scene_row(root, scene)
+
+
+def scene_row(root, scene):
+    try:
+        picture, depth = ([*files_below(root, f"{scene}/{kind}")["image"].values()][0] for kind in ("image", "depth_bfx"))
+        focal_length, label = ((root / scene / name).read_text().split()[0] for name in ("intrinsics.txt", "scene.txt"))
+        return {"image": picture, "depth": depth, "label": label, "sunrgbd": 1,
+                "baseline": SENSORS[scene.split("/")[0]], "focal_length": float(focal_length)}
+    except (DataError, OSError, LookupError, ValueError):
+        return {}
+
+
+def sunrgbd(root, split):
+    """Pictures with depth; of the test scenes those in the 19 classes."""
+    return (row for row in scene_rows(root, split, SENSORS)
+            if not row or split == "train" or row["label"] in SUN_CLASSES), spaced(SUN_CLASSES)
+
+
+def nyud(root, split):
+    """The part of SUN RGB-D from NYU-D v2: nine classes, and "others", which is whichever of its names is nearest."""
+    return (row and row | {"label": row["label"] if row["label"] in NYU_CLASSES else "others"}
+            for row in scene_rows(root, split, ["kv1/NYUdata"])), spaced(NYU_CLASSES) | {"others": NYU_OTHERS}
+
+
+def spaced(labels):
+    return {label: label.replace("_", " ") for label in labels}
+
+
+def llvip(root, split):
+    """Training: aligned pictures. Test: their people, and as many boxes of the same shapes without people."""
+    thermal, visible = (files_below(root, f"{kind}/{split}")["image"] for kind in ("infrared", "visible"))
+    notes = {} if split == "train" else files_below(root, "Annotations")["annotation"]
+
+    def rows():
+        for stem in sorted(thermal | visible):
+            whole = stem in thermal and stem in visible
+            pair = {"image": visible[stem], "thermal": thermal[stem]} if whole else {}
+            boxes = [{}] if split == "train" or not whole else person_boxes(root, notes.get(stem), stem)
+            yield from (pair | box for box in boxes) if boxes is not None else [{}]  # no annotation: absent
+    return rows(), None if split == "train" else {"person": "person", "background": "background"}
+
+
+def person_boxes(root, path, stem, tries=1000):
+    """Rows with `box` and `label` from a Pascal VOC file, None if it cannot be read; random by the stem alone."""
+    try:
+        note = ElementTree.parse(root / path).getroot()
+        width, height = (int(note.find(f"size/{side}").text) for side in ("width", "height"))
+        boxes = [[int(float(box.find(side).text)) for side in ("xmin", "ymin", "xmax", "ymax")] for box in note.iter("bndbox")]
+    except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError):
+        return None
+    people = np.array(boxes).reshape(-1, 4).clip(0, [width, height, width, height])
+    rng, rows = np.random.default_rng(zlib.crc32(stem.encode())), []
+    for box in people:
+        w, h = box[2:] - box[:2]
+        corners = rng.integers(0, [width - w + 1, height - h + 1], (tries, 2))  # (tries, 2)
+        apart = (corners[:, None] >= people[:, 2:]) | (corners[:, None] + [w, h] <= people[:, :2])  # (tries, people, 2)
+        free = corners[apart.any(2).all(1)]
+        if w > 0 and h > 0 and len(free):
+            rows += [("person", box), ("background", [*free[0], *(free[0] + [w, h])])]
+    return [{"label": label, "box": " ".join(map(str, box))} for label, box in rows]
+
+
+def ego4d(root, split, seconds=5):
+    """Windows of 5 s with their scenario and first narration. Every fifth recording, by a hash of its id, is test."""
+    if not (root / "ego4d.json").is_file():
+        raise DataError("no ego4d.json in it")
+    videos, files = json.loads((root / "ego4d.json").read_text())["videos"], files_below(root)
+
+    def rows():
+        for video in (v for v in videos if (zlib.crc32(v["video_uid"].encode()) % 5 == 0) == (split == "test")):
+            path = files["imu"].get(video["video_uid"])
+            notes = reversed(video.get("narrations", []))
+            told = {int(note["timestamp_sec"] // seconds): note["narration_text"] for note in notes}
+            first, last = imu_span(root / path) if path else (0, 0)
+            for window in range(math.ceil(first / seconds), int(last // seconds)):
+                yield {"imu": path, "video": files["video"].get(video["video_uid"]), "text": told.get(window),
+                       "label": "".join(video.get("scenarios", [])[:1]), "start": window * seconds, "seconds": seconds}
+            if not path:
+                yield {}
+    return rows(), {label: label for label in sorted({x for video in videos for x in video.get("scenarios", [])[:1]})}
+
+
+def imu_span(path):
+    """Seconds of the first and of the last row of an Ego4D table."""
+    with open(path, "rb") as file:
+        time = file.readline().decode().strip().split(",").index("canonical_timestamp_ms")
+        first = file.readline()
+        file.seek(max(0, path.stat().st_size - 4096))
+        last = file.read().splitlines()[-1]
+    return (float(line.split(b",")[time]) / 1000 for line in (first, last))
+
+
+def imagenet(root, split):
+    classes = dict(line[0].split(" ", 1) for line in lines_of(root, "LOC_synset_mapping.txt", "\t") if line)
+    pictures = files_below(root, {"train": "train", "test": "val"}[split])["image"].values()
+    return ({"image": path, "label": Path(path).parent.name} for path in pictures), {
+        label: names.split(",")[0] for label, names in classes.items()}
+
+
+def places365(root, split):
+    part, folder = {"train": ("train_standard", "data_256"), "test": ("val", "val_256")}[split]
+    classes = {index: " ".join(reversed(name.split("/")[2:])).replace("_", " ")  # /a/apartment_building/outdoor
+               for name, index in lines_of(root, "categories_places365.txt", " ")}
+    pictures = {os.path.relpath(path, folder): path for path in files_below(root, folder)["image"].values()}
+    return ({"image": pictures.get(name.lstrip("/")), "label": index}
+            for name, index in lines_of(root, f"places365_{part}.txt", " ")), classes
+
+
+def kinetics400(root, split):
+    files = files_below(root)["video"]
+    rows = rows_of(root, {"train": "train.csv", "test": "val.csv"}[split])
+    return ({"video": files.get(f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"),
+             "label": row["label"]} for row in rows), None
+
+
+def msrvtt(root, split):
+    files = files_below(root)["video"]
+    return ({"video": files.get(row["video_id"]), "text": row["sentence"]}
+            for row in rows_of(root, f"MSRVTT_JSFUSION_{split}.csv")), None
+
+
+class DataSet(NamedTuple):
+    """A reader, and the file (with a word that its first line holds) by which a folder is known as this data set."""
+
+    reader: object
+    marker: str
+    word: str = ""
+
+
+DATASETS = {
+    "audioset": DataSet(audioset, "eval_segments.csv"), "esc50": DataSet(esc50, "meta/esc50.csv"),
+    "vggsound": DataSet(vggsound, "vggsound.csv"), "clotho": DataSet(clotho, "clotho_captions_evaluation.csv"),
+    "audiocaps": DataSet(audiocaps, "test.csv", "audiocap_id"), "sunrgbd": DataSet(sunrgbd, "kv1"),
+    "nyud": DataSet(nyud, "kv1/NYUdata"), "llvip": DataSet(llvip, "infrared"), "ego4d": DataSet(ego4d, "ego4d.json"),
+    "imagenet": DataSet(imagenet, "LOC_synset_mapping.txt"), "places365": DataSet(places365, "places365_val.txt"),
+    "kinetics400": DataSet(kinetics400, "val.csv", "youtube_id"), "msrvtt": DataSet(msrvtt, "MSRVTT_JSFUSION_test.csv"),
+}
+
+
+def open_dataset(name, root, split):
+    """The rows of one of DATASETS as a Table in memory: as the bytes of a CSV, not as millions of dicts."""
+    content, header, labels, absent = io.BytesIO(), {}, set(), 0
+    file = io.TextIOWrapper(content, encoding="utf-8", newline="", write_through=True)
+    writer = csv.writer(file, lineterminator="\n")
+    with naming(f"{name}:{root}"):
+        if not Path(root).is_dir():
+            raise DataError("no such folder")
+        rows, classes = DATASETS[name].reader(Path(root), split)
+        for row in rows:
+            labels.add(row.get("label") or "")
+            if any(row.get(m) for m in MODALITIES if m != "text"):
+                header |= dict.fromkeys(key for key, value in row.items() if value not in (None, ""))
+                writer.writerow([row.get(key) for key in header])
+            else:
+                absent += 1
+    if not header:
+        raise DataError(f"{name}:{root}: none of the {absent} items listed for {split} has its files below this folder")
+    if classes is None:
+        classes = {label: label for label in sorted(labels - {""})}
+    return Table(Path(root) / name, ",".join(header).encode() + b"\n" + content.getvalue(), classes, absent)
+
+
 def open_data(spec, split="train"):
-    """The source that --data names: "toy", or the path of a manifest. Raises DataError."""
+    """The source that --data names: "toy", the path of a manifest, or NAME:ROOT (DATASETS). Raises DataError."""
     if spec == "toy":
         return ToyWorld(split) if split == "train" else ToyWorld("test", size=8 * len(CONCEPTS))
+    name, _, root = spec.partition(":")
+    if root and name.lower() in DATASETS:
+        return open_dataset(name.lower(), root, split)
     if not Path(spec).is_file():
-        raise DataError(f"{spec}: no such manifest; --data takes toy or the path of a CSV")
+        raise DataError(f"{spec}: no such manifest; --data takes toy, the path of a CSV, or NAME:ROOT with NAME one of "
+                        f"{', '.join(DATASETS)}")
     return Table(spec)
 
 
@@ -786,5 +1206,33 @@ def show_toy(path, count=8):
     print(f"{len(CONCEPTS)} concepts; {path}: one sample a column; picture, depth, thermal, sound, IMU, video from the top")
 
 
+def show_data(spec):
+    """Prints what a user wants to know of a folder before a long run. Raises DataError if it holds neither split."""
+    failed = []
+    for split in ("train", "test"):
+        try:
+            source = open_data(spec, split)
+        except DataError as error:
+            failed.append(error)
+            continue
+        items = len({source.item(i) for i in range(len(source))})
+        print(f"{split}: {items} items in {len(source)} rows, {source.absent} absent; {', '.join(source.columns)}; "
+              f"{len(source.classes)} classes" + (": " if source.classes else "") + "; ".join(source.classes))
+        print("  a sample:", {key: value for key, value in source.row(0).items() if value})
+        for modality in (m for m in source.columns if m != "text"):
+            try:
+                tensor = transform(modality, source.read(0, modality), preset("huge", modality), None, None)
+                print(f"  its {modality}: {tuple(tensor.shape)}, {tensor.min():.2f} to {tensor.max():.2f}")
+            except DataError as error:
+                print(f"  its {modality} cannot be read: {error}")
+    if len(failed) == 2:
+        raise failed[1]
+    print(*failed)
+
+
 if __name__ == "__main__":
-    show_toy("toy.png")
+    try:
+        show_data(sys.argv[1]) if sys.argv[1:] else show_toy("toy.png")
+    except DataError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,201 @@
+"""Metrics equal ones written another way, ties included; and what each command of evaluate.py says of its items."""
+
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_readers import write
+
+import data
+import evaluate
+from evaluate import UsageError
+from model import ImageBind, preset
+
+
+def coarse(*shape, seed):
+    """Embeddings whose scores are small whole numbers, so that many are equal."""
+    return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.fixture(params=[2**24, 50])
+def block(request, monkeypatch):
+    monkeypatch.setattr(evaluate, "BLOCK", request.param)
+
+
+def test_ranks_equal_a_sorted_list_with_ties_against_the_query(block):
+    q, g = coarse(40, 5, seed=0), coarse(60, 5, seed=1)
+    ql, gl = torch.arange(40) % 13, torch.arange(60) % 12  # several items per label, and label 12 without any
+    expected = []
+    for i in range(40):
+        listed = sorted(range(60), key=lambda j: (-float(q[i] @ g[j]), int(gl[j] == ql[i])))
+        expected.append(next((n for n, j in enumerate(listed, 1) if gl[j] == ql[i]), 61))
+    assert evaluate.ranks(q, g, ql, gl).tolist() == expected
+    for k in (1, 5, 10):
+        assert abs(evaluate.recall_at_k(q, g, ql, gl, k) - sum(r <= k for r in expected) / 40) < 1e-6
+    figures = evaluate.search(q, ql, g, gl)
+    there = sorted(r for r, label in zip(expected, ql) if label < 12)
+    assert figures["queries"] == len(there) == 37 and figures["median_rank"] == there[18]
+
+
+def test_one_embedding_for_everything_scores_nothing():
+    same = torch.ones(9, 4)
+    assert evaluate.recall_at_k(same, same, torch.arange(9), torch.arange(9), k=8) == 0
+    assert evaluate.top_k_accuracy(same * torch.nan, torch.arange(9), same, k=8) == 0
+
+
+def area_under_steps(scores, truth):
+    """Average precision by its definition: the sum over thresholds of precision times what recall gains there."""
+    total, recall = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        kept = [t for s, t in zip(scores, truth) if s >= threshold]
+        total += sum(kept) / len(kept) * (sum(kept) / sum(truth) - recall)
+        recall = sum(kept) / sum(truth)
+    return total
+
+
+def test_average_precision_equals_its_definition(block):
+    z, classes = coarse(80, 6, seed=2), coarse(7, 6, seed=3)
+    truth = torch.rand(80, 7, generator=torch.Generator().manual_seed(4)) < 0.2
+    truth[:, 6] = False
+    expected = [area_under_steps(s, t) for s, t in zip((z @ classes.T).T.tolist()[:6], truth.T.tolist())]
+    found = evaluate.mean_average_precision(z, truth, classes)
+    assert found[6].isnan() and torch.allclose(found[:6], torch.tensor(expected).double(), atol=1e-6, rtol=0)
+
+
+def test_average_precision_equals_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    z, classes = coarse(80, 6, seed=2), coarse(7, 6, seed=3)
+    truth = torch.rand(80, 7, generator=torch.Generator().manual_seed(4)) < 0.2
+    expected = metrics.average_precision_score(truth.numpy(), (z @ classes.T).numpy(), average=None)
+    assert abs(evaluate.mean_average_precision(z, truth, classes).numpy() - expected).max() < 1e-6
+
+
+def test_a_linear_probe_is_at_the_optimum_of_its_loss():
+    x, y = F.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), dim=1), torch.arange(60) % 4
+    weight, bias = (p.double() for p in evaluate.linear_probe(x, y, 4, l2=0.01))
+    error = F.linear(x.double(), weight, bias).softmax(1) - F.one_hot(y)  # its gradient, written out
+    assert (error.T @ x.double() / 60 + 0.01 * weight).abs().max() < 1e-4 and error.mean(0).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands, on a model that was never trained
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Runs evaluate.py's command line in this process; returns what --json holds."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    ImageBind([preset("tiny", m) for m in ("image", "text", "audio")]).save("model.pt")
+
+    def call(*options):
+        always = ("--checkpoint", "model.pt", "--workers", "0", "--json", "out.json")
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *options, *always])
+        evaluate.main()
+        return json.loads((tmp_path / "out.json").read_text())
+    return call
+
+
+def small_esc50(root, per_class=4):
+    names = [(f"{fold}-{n}.wav", fold, category) for category in ("dog", "vacuum_cleaner") for n in range(per_class)
+             for fold in (f"{n % 2 + 1}{category[0]}",)]
+    lines = [f"{name},{fold[0]},0,{category},False,1,A\n" for name, fold, category in names]
+    return write(root, {"meta/esc50.csv": "filename,fold,target,category,esc10,src_file,take\n" + "".join(lines)}
+                 | {f"audio/{name}": 0.3 for name, _, _ in names})
+
+
+def test_zeroshot_says_over_how_many_items_it_is(call, tmp_path):
+    root = small_esc50(tmp_path / "ESC-50")
+    (root / "audio/1d-0.wav").write_bytes(b"RIFF, but no sound")
+    (root / "audio/2d-1.wav").unlink()
+    result = call("zeroshot", "--modality", "audio", "--data", f"esc50:{root}")
+    assert (result["items"], result["bad"], result["absent"]) == (6, 1, 1) and result["bad_items"] == ["esc50:1"]
+    assert result["mean_of_folds"] == pytest.approx(sum(result["folds"].values()) / 2) and set(result["folds"]) == {"1", "2"}
+    write(tmp_path, {"names.txt": "cat|dog\nhoover\n", "prompts.txt": "the noise of {}\n\n{}!\n"})
+    own = ("--templates", "prompts.txt", "--class-names", "names.txt")
+    assert call("zeroshot", "--modality", "audio", "--data", f"esc50:{root}", *own)["items"] == 6
+
+
+def test_a_name_of_several_counts_by_its_best(monkeypatch):
+    axes = {"cat": [1.0, 0, 0], "dog": [0, 1.0, 0], "sea": [0, 0, 1.0]}
+    monkeypatch.setattr(evaluate, "embed_texts", lambda model, texts: torch.tensor([axes[text] for text in texts]))
+    classes, owner = evaluate.named_classes(None, None, "image", ["cat", "dog|sea"], ["{}"])
+    z = torch.tensor([[0.5, 0.1, 0.6], [0.5, 0.4, 0.4], [0.1, 0.2, 0]])  # sum and mean would say other things
+    assert evaluate.ranks(z, classes, torch.tensor([1, 0, 1]), owner).tolist() == [1, 1, 1]
+
+
+def test_retrieval_knows_several_captions_of_a_sound(call, tmp_path):
+    captions = "\n".join(f"{n}.wav," + ",".join(f"caption {n} {c}" for c in range(5)) for n in range(3))
+    write(tmp_path, {"clotho_captions_evaluation.csv": "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n" + captions}
+          | {f"evaluation/{n}.wav": 0.2 + n / 10 for n in range(3)})
+    result = call("retrieval", "--query", "text", "--gallery", "audio", "--data", f"clotho:{tmp_path}")
+    assert (result["text->audio"]["queries"], result["text->audio"]["items"]) == (15, 3)
+    assert (result["audio->text"]["queries"], result["audio->text"]["items"]) == (3, 15)
+    assert result["text->audio"]["R@5"] == 1.0 and result["audio->text"]["median_rank"] <= 11
+
+
+def test_fewshot_tests_on_what_it_did_not_learn(call, tmp_path, monkeypatch):
+    seen = []
+
+    def probe(x, y, classes, l2):
+        seen.append(y)
+        return torch.zeros(classes, x.shape[1]), None
+
+    monkeypatch.setattr(evaluate, "linear_probe", probe)
+    root = small_esc50(tmp_path)
+    result = call("fewshot", "--modality", "audio", "--data", f"esc50:{root}", "--shots", "1", "2", "--draws", "3")
+    assert [len(y) for y in seen] == [2, 2, 2, 4, 4, 4] and all(y.bincount().tolist() == [len(y) // 2] * 2 for y in seen)
+    assert result["shots"]["1"] == {"mean": 0.5, "deviation": 0.0, "test_items": 4}  # of one of two folds
+
+
+def test_arithmetic_finds_what_it_adds(call, tmp_path):
+    sounds = {"dog.wav": 0.2, "car.wav": 0.4, "sea.wav": 0.6}
+    write(tmp_path, {"a.csv": "audio,text\n" + "".join(f"{name},a sound\n" for name in sounds)} | sounds)
+    found = call("arithmetic", "--add", "audio=car.wav", "audio=car.wav", "--gallery", "audio", "--data", "a.csv")["found"]
+    assert len(found) == 3 and found[0]["item"] == "car.wav" and found[0]["similarity"] == pytest.approx(1, abs=1e-5)
+
+
+def test_suite_goes_on_where_it_stopped(call, tmp_path, monkeypatch):
+    small_esc50(tmp_path / "sets/ESC-50")
+    options = ("suite", "--root", "sets", "--markdown", "table.md")
+    first = call(*options)
+    monkeypatch.setattr(evaluate, "embed_items", lambda *args: pytest.fail("measured again"))
+    assert call(*options) == first
+    rows = {row["column"]: row for row in first["table"]}
+    assert rows["ESC"]["items"] == 8 and rows["ESC"]["published"] == 66.9 and rows["AS-A mAP"]["note"] == "absent"
+    assert len(first["table"]) == 15 and "| ESC | " in (tmp_path / "table.md").read_text()
+    torch.manual_seed(1)
+    ImageBind([preset("tiny", m) for m in ("image", "text", "audio")]).save("model.pt")  # other weights
+    with pytest.raises(pytest.fail.Exception):
+        call(*options)
+
+
+@pytest.mark.parametrize("options,message", [
+    ("zeroshot --modality depth --data esc50:.", "no depth encoder"),
+    ("zeroshot --modality image --data esc50:.", "no image, only audio"),
+    ("zeroshot --modality audio --data gone.csv", "no such manifest"),
+    ("zeroshot --modality audio --data esc50:. --class-names one.txt", "1 names for 2 classes"),
+    ("zeroshot --modality audio --data esc50:. --templates one.txt", "where the class goes"),
+    ("zeroshot --modality audio --data empty:.", "no such manifest"),
+    ("fewshot --modality audio --data esc50:. --shots 3", "'dog' has 2 items"),
+    ("retrieval --query text --gallery audio --data esc50:.", "no text"),
+    ("arithmetic --add sound=a.wav --data esc50:. --gallery audio", "not 'sound'"),
+    ("suite --root nowhere", "no such folder")])
+def test_wrong_use_is_one_line(call, tmp_path, options, message):
+    small_esc50(tmp_path)
+    write(tmp_path, {"one.txt": "a sound\n"})
+    with pytest.raises((UsageError, data.DataError), match=message) as error:
+        call(*options.split())
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_without_items_is_named(call, tmp_path):
+    root = small_esc50(tmp_path)
+    for path in root.glob("audio/*v-*"):
+        path.unlink()
+    with pytest.raises(UsageError, match="'vacuum cleaner' has 0 items"):
+        call("zeroshot", "--modality", "audio", "--data", f"esc50:{root}")
+    result = call("zeroshot", "--modality", "audio", "--data", f"esc50:{root}", "--partial")
+    assert result["classes_with_items"] == 1 and result["chance"] == 0.5
