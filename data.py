@@ -315,9 +315,9 @@ def clip_frames(video, start, count):
 def spread(duration, clip, count):
     """Starts (s) of `count` clips spread evenly over a duration; all 0 if it is shorter than a clip.
 
-    A step is 1 / count of the room, as in the sampler of the pytorchvideo release (0.1.5) that the
-    original's figures were recorded with; pytorchvideo's later commits step by 1 / (count - 1), up
-    to the very end. Exact fractions, as there: by rounding, a start decides which sample comes
+    A step is 1 / count of the room, as in the sampler of pytorchvideo's releases (tag 0.1.3), which
+    the original's recorded figures agree with; its later commits step by 1 / (count - 1), up to the
+    very end. Exact fractions, as there: by rounding, a start decides which sample comes
     first, and one sample moves a spectrogram visibly.
     """
     return [Fraction(max(0.0, duration - clip)) * i / count for i in range(count)]
