@@ -451,7 +451,7 @@ def export_imagebind(model, path):
                 t = t.unflatten(1, (c.input_shape[0], *c.patch))
             weights[their_name(IMAGEBIND, modality, ours)] = t.detach().cpu().float()
     for modality, default in IMAGEBIND_SCALES.items():
-        scale = model.pairs.get(f"image-{modality}") or model.pairs.get(f"video-{modality}") or default
+        scale = model.logit_scale("image", modality) or model.logit_scale("video", modality) or default
         weights[scale_name(modality)] = torch.tensor(math.log(scale))
     weights[TEXT_MASK] = torch.full((77, 77), -torch.inf).triu(1)
     save_atomic(weights, path)

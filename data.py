@@ -544,8 +544,8 @@ class ToyWorld:
         wordings = CAPTIONS[self.split == "test" :: 2]
         return wordings[rng.integers(len(wordings))].format(" and a ".join(CONCEPT_NAMES[t.concept] for t in scene))
 
-    def _image(self, scene, rng, canvas=None):
-        return paint(scene, rng, canvas or self.canvas)
+    def _image(self, scene, rng):
+        return paint(scene, rng, self.canvas)
 
     def _video(self, scene, rng):
         return ToyVideo(scene, rng, self.canvas)
@@ -1168,7 +1168,7 @@ def collate(samples):
 def draws(size, batch_size, epochs, replicate=1.0, seed=0, start=0, rank=0, world=1):
     """Keys of training batches for Samples: each epoch, `replicate` times every item in random order.
 
-    A process takes its consecutive part of each global batch. `start` batches are passed over,
+    A process takes every world-th item of each global batch. `start` batches are passed over,
     which is how a run resumes. Incomplete batches are left out.
     """
     per_epoch = int(size * replicate)
@@ -1232,7 +1232,7 @@ def show_data(spec):
 
 if __name__ == "__main__":
     try:
-        show_data(sys.argv[1]) if sys.argv[1:] else show_toy("toy.png")
+        show_data(sys.argv[1]) if sys.argv[1:] not in ([], ["toy"]) else show_toy("toy.png")
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)

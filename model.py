@@ -267,6 +267,10 @@ class ImageBind(nn.Module):
             raise ValueError(f"this model has no {modality} encoder, only {', '.join(self.encoders)}")
         return self.encoders[encoder_of(modality)]
 
+    def logit_scale(self, a, b):
+        """The logit scale that two modalities were trained with, in either order; None if they were not."""
+        return self.pairs.get(f"{a}-{b}", self.pairs.get(f"{b}-{a}"))
+
     def encode(self, modality, x):
         """Embeddings (B, E) float32 of unit length, differentiable; x is one clip per item."""
         return F.normalize(self.encoder(modality)(x).float(), dim=-1)
@@ -288,9 +292,9 @@ class ImageBind(nn.Module):
         return F.normalize(z.unflatten(0, (-1, clips)).mean(dim=1), dim=-1)
 
     def freeze(self, *modalities):
-        """Takes these modalities' encoders out of training: no gradients, so no updates."""
+        """Takes these modalities' encoders out of training: no gradients, no dropout."""
         for modality in modalities:
-            self.encoder(modality).requires_grad_(False)
+            self.encoder(modality).requires_grad_(False).eval()
 
     def state(self):
         """Weights, table rows and trained pairs: plain data that from_state rebuilds the model from."""
@@ -337,9 +341,9 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def flops(config, tokens=None):
+def flops(config):
     """Floating-point operations of one forward pass of one clip: 2 per multiply-add."""
-    N, D = tokens or config.tokens, config.width
+    N, D = config.tokens, config.width
     per_block = 24 * N * D**2 + 4 * N**2 * D  # qkv, proj and MLP; scores and their sum over values
     stem = 0 if config.is_text else 2 * (N - 1) * D * config.input_shape[0] * torch.Size(config.patch).numel()
     return config.depth * per_block + stem + 2 * D * config.embed_dim

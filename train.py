@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import data
 import evaluate
+from clip_weights import tokenizer
 from evaluate import RunError, UsageError
-from loss import InfoNCE, processes
+from loss import MAX_LOGIT_SCALE, InfoNCE, processes
 from model import MODALITIES, ImageBind, encoder_of, preset, save_atomic
 
 # The paper's settings by the modality that learns (appendix B, table 9); image and text as in CLIP;
@@ -52,8 +53,8 @@ def parse_args(argv=None):
     parser = evaluate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pair", help="two of " + ", ".join(MODALITIES) + ", anchor first, joined by -; several pairs by commas")
-    add("--data", default="toy", help="toy, or a manifest: a CSV with a column for each modality")
-    add("--eval-data", help="held-out data of the same kind (default: the toy world's test split, else none)")
+    add("--data", default="toy", help="toy, a manifest (a CSV with a column for each modality), or NAME:ROOT")
+    add("--eval-data", help="held-out data (default: the test split of toy and NAME:ROOT, else the training items)")
     add("--preset", choices=("tiny", "base", "huge"), help="sizes of new encoders (default: tiny for toy, else base)")
     add("--init", help="start from this run, model.pt, or released ImageBind file")
     add("--clip", help="bind to this CLIP's frozen image and text encoders: a file, a folder, or a name such as ViT-B-16")
@@ -96,13 +97,18 @@ def parse_pairs(text):
     return pairs
 
 
-def settings_for(args, pair, size):
-    """The table's row for a pair with the command line's options over it; batch no larger than the data."""
-    row = dict(zip(COLUMNS, SETTINGS["toy" if args.data == "toy" else encoder_of(pair[1])]))
+def learner_of(pair, ready):
+    """The modality that learns: the second, unless it alone has weights."""
+    return pair[0] if encoder_of(pair[1]) in ready and encoder_of(pair[0]) not in ready else pair[1]
+
+
+def settings_for(args, learner, size):
+    """The table's row for the modality that learns, with the command line's options over it; batch no larger than the data."""
+    row = dict(zip(COLUMNS, SETTINGS["toy" if args.data == "toy" else encoder_of(learner)]))
     row |= {key: value for key in row if (value := getattr(args, key)) is not None}
     if args.temperature is not None:
         row["temperature"] = None if args.temperature == "learned" else args.temperature
-    row["batch_size"] = min(row["batch_size"], size)
+    row["batch_size"] = min(row["batch_size"], max(1, int(size * row["replicate"])))
     row["steps_per_epoch"] = int(size * row["replicate"]) // row["batch_size"]
     row["steps"] = args.steps or row["epochs"] * row["steps_per_epoch"]
     return row
@@ -203,7 +209,7 @@ def learning_rate(step, row):
 
 
 def make_optimizer(trained, row):
-    """AdamW that decays weight matrices only: not biases, norms, positions, tokens or the temperature."""
+    """AdamW that decays weight matrices only: not biases, norms, positions, class tokens or the temperature."""
     parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim == 2], "weight_decay": row["weight_decay"]},
               {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0}]
@@ -213,7 +219,7 @@ def make_optimizer(trained, row):
 def freeze_anchor(model, pair, ready, args):
     """Freezes the first of the pair that has weights; returns the encoders that learn."""
     encoders = {m: model.encoder(m) for m in pair}
-    model.requires_grad_(False).eval()
+    model.freeze(*model.encoders)
     learn = [encoders[m] for m in pair]
     if not args.train_both and set(pair) != {"image", "text"} and encoders[pair[0]] is not encoders[pair[1]]:
         anchor = next((m for m in pair if encoder_of(m) in ready), None)
@@ -245,8 +251,9 @@ def reduce_gradients(parameters):
 
 def train_pair(args, run, model, pair, ready, device, amp, state):
     """The loop: binds one pair. `state` is what a checkpoint of this pair held, or None."""
-    name, source = "-".join(pair), open_source(args, pair)
-    row, trained = settings_for(args, pair, len(source)), freeze_anchor(model, pair, ready, args)
+    name, learner = "-".join(pair), learner_of(pair, ready)
+    source = open_source(args, pair, learner)
+    row, trained = settings_for(args, learner, len(source)), freeze_anchor(model, pair, ready, args)
     for encoder in trained:
         encoder.drop_path = row["drop_path"]
     if args.compile:
@@ -281,7 +288,7 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
             except FloatingPointError as error:
                 items = ", ".join(source.name(int(i)) for i in batch["index"])
                 raise RunError(f"{error} at step {step} of {name}; the items of its batch: {items}") from None
-            model.pairs[name] = criterion.logit_scale.item()
+            model.pairs[name] = min(criterion.logit_scale.item(), MAX_LOGIT_SCALE)
             run.log(event="step", pair=name, step=step, **figures, temperature=1 / model.pairs[name],
                     lr=learning_rate(step - 1, row), bad=counts["bad"])
             progress.set_postfix_str(describe(figures, model.pairs[name], counts, progress, row), refresh=False)
@@ -346,8 +353,7 @@ def evaluate_run(args, run, model, pairs, step=None):
     """Zero-shot and retrieval on held-out data: (modalities, figures) on rank 0; logged with its step."""
     if not run.main:
         return None
-    start, held_out = time.monotonic(), args.eval_data is not None or args.data == "toy"
-    source = data.open_data(args.eval_data or args.data, "test")
+    start, (source, held_out) = time.monotonic(), evaluation_data(args)
     modalities = list(dict.fromkeys(m for pair in pairs for m in pair))
     modalities += [m for m in ("text", "image") if m not in modalities and m in model.encoders and m in source.columns]
     recall, zero, bad = evaluate.emergence(model, source, modalities, workers=args.workers, limit=None if held_out else 1000)
@@ -356,6 +362,17 @@ def evaluate_run(args, run, model, pairs, step=None):
     if step is not None:
         run.log(event="eval", step=step, **figures, seconds=time.monotonic() - start)
     return modalities, figures
+
+
+def evaluation_data(args):
+    """What to evaluate on, and whether training does not see it: --eval-data, a test split, else the training items."""
+    spec = args.eval_data or args.data
+    try:
+        return data.open_data(spec, "test"), args.eval_data is not None or not Path(spec).is_file()
+    except data.DataError:
+        if args.eval_data:
+            raise
+        return data.open_data(spec), False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -381,9 +398,9 @@ def ignore_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def open_source(args, pair):
+def open_source(args, pair, learner):
     if args.data == "toy":
-        return data.ToyWorld(size=args.samples or TOY_SAMPLES[encoder_of(pair[1])])
+        return data.ToyWorld(size=args.samples or TOY_SAMPLES[encoder_of(learner)])
     source = data.open_data(args.data)
     for modality in pair:
         if modality not in source.columns:
@@ -409,7 +426,7 @@ def choose_device():
 
 def start_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))  # rank 0 evaluates alone
 
 
 def initial_model(args, pairs, run):
@@ -437,26 +454,41 @@ def initial_model(args, pairs, run):
     return model, set(ready)
 
 
+def require_vocabulary(vocab):
+    try:
+        tokenizer(vocab)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def toy_anchor(args, run):
     """The toy world's image and text encoders, which stand where CLIP stands: trained once, then kept."""
     anchor = Run(TOY_ANCHOR)
     if not anchor.finished():
         run.say(f"no CLIP weights: training the toy anchor (image-text) first, kept in {TOY_ANCHOR}")
         train(parse_args(["--pair", "image-text", "--amp", args.amp, "--workers", str(args.workers)]), anchor)
+    if processes() > 1:
+        dist.barrier()  # until rank 0 has written it
     return ImageBind.load(TOY_ANCHOR / "model.pt")
 
 
 def train(args, run):
     """Everything a run does, in its folder."""
     start, pairs = time.monotonic(), parse_pairs(args.pair)
-    for pair in pairs:
-        open_source(args, pair)
+    for pair in pairs:  # before anything long: what could only fail after it
+        open_source(args, pair, pair[1])
+    columns = evaluation_data(args)[0].columns
+    missing = [m for pair in pairs for m in pair if m not in columns]
+    if missing:
+        raise UsageError(f"--eval-data {args.eval_data} has no {missing[0]}, only {', '.join(columns)}")
     device = choose_device()
     start_state = run.load()
     if start_state:
         model, ready = ImageBind.from_state(start_state["model"]), set(start_state["ready"])
     else:
         model, ready = initial_model(args, pairs, run)
+        if "text" in model.encoders:
+            require_vocabulary(model.encoder("text").config.vocab)
         if run.main:
             run.begin(args)
     model.to(device)

@@ -99,6 +99,15 @@ def test_both_towers_learn_where_neither_has_weights(run, tmp_path):
     assert all(not torch.equal(start[f"encoders.{m}.proj.weight"], end[f"encoders.{m}.proj.weight"]) for m in ("depth", "imu"))
 
 
+def test_new_encoders_take_the_width_of_the_clip_they_bind_to(tmp_path):
+    file = str(Path(__file__).parent / "parity" / "open_clip_tiny.pt")
+    args = train.parse_args(["--pair", "image-imu", "--clip", file, "--heads", "image=2,text=4"])
+    model, ready = train.initial_model(args, [("image", "imu")], train.Run(tmp_path))
+    assert ready == {"image", "text"} and model.encoder("imu").config.embed_dim == 32
+    learning = train.freeze_anchor(model, ("image", "imu"), ready, args)
+    assert learning == [model.encoder("imu")] and not any(p.requires_grad for p in model.encoder("image").parameters())
+
+
 def test_weight_decay_is_for_matrices_only():
     encoder = ImageBind([train.preset("tiny", "audio")]).encoder("audio")
     decayed, free = (group["params"] for group in train.make_optimizer([encoder], {"lr": 1e-3, "weight_decay": 0.2}).param_groups)
