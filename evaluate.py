@@ -387,7 +387,8 @@ def fewshot(args, model, source):
     labels, C = item_labels(source, indices), len(source.classes)
     z, indices, labels = z[labels >= 0], indices[labels >= 0], labels[labels >= 0]
     names = [source.row(int(i))["fold"] for i in indices] if "fold" in source.header else []
-    fold = torch.tensor([sorted(set(names)).index(name) for name in names]) if names else None
+    number = {name: n for n, name in enumerate(sorted(set(names)))}
+    fold = torch.tensor([number[name] for name in names]) if names else None
     result = {"modality": args.modality, "items": len(z), "absent": source.absent, **unreadable(bad), "classes": C,
               "chance": 1 / C, "draws": args.draws, "shots": {}}
     for k in args.shots:
