@@ -87,7 +87,7 @@ def motion(x):
 
 
 def line(points, kind):
-    return f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
+    return f'<polyline class="{escape(kind)}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
 
 
 def draw(source, index, modality):
@@ -167,7 +167,7 @@ def loss_lines(events, starts):
     for pair, start in starts.items():
         steps = [(start + e["step"], e["loss"]) for e in events if e["event"] == "step" and e["pair"] == pair]
         size = math.ceil(len(steps) / 150)
-        yield pair, pair.split("-")[1], [np.mean(steps[i : i + size], 0).tolist() for i in range(0, len(steps), size)]
+        yield pair, pair.split("-")[-1], [np.mean(steps[i : i + size], 0).tolist() for i in range(0, len(steps), size)]
 
 
 def emergence_lines(model, events, starts):
@@ -178,7 +178,7 @@ def emergence_lines(model, events, starts):
         for a, b in itertools.combinations(dict.fromkeys(m for key in recall for m in key.split("->")), 2):
             trained = evaluate.trained_together(model, a, b)
             if not trained or {a, b} == set(pair):
-                points = lines.setdefault((f"{a} ↔ {b}" + ", trained" * trained, pair[1] + " dashed" * trained), [])
+                points = lines.setdefault((f"{a} ↔ {b}" + ", trained" * trained, pair[-1] + " dashed" * trained), [])
                 points.append((starts[event["pair"]] + event["step"], (recall[f"{a}->{b}"] + recall[f"{b}->{a}"]) / 2))
     return [(label, kind, points) for (label, kind), points in lines.items()]
 
@@ -192,7 +192,7 @@ def chart(title, lines, end, top, form="{:g}"):
         scaled = [(100 * x / end, 100 - 100 * min(y / top, 1)) for x, y in points]
         body += line(scaled, kind) + line([scaled[-1], scaled[-1]], kind + " dot")
     labels = "".join(f'<span class="y" style="bottom:{100 * y / top:.1f}%">{form.format(y)}</span>' for y in marks)
-    legend = "".join(f'<span><i class="{kind}"></i>{escape(label)}</span>' for label, kind, _ in lines)
+    legend = "".join(f'<span><i class="{escape(kind)}"></i>{escape(label)}</span>' for label, kind, _ in lines)
     return (f'<figure class="chart"><h3>{title}</h3><div class="plot">{labels}<svg viewBox="0 0 100 100" '
             f'preserveAspectRatio="none">{body}</svg></div><div class="x"><span>0</span><span>{end:,} steps</span></div>'
             f'<figcaption>{legend}</figcaption></figure>')
@@ -200,13 +200,11 @@ def chart(title, lines, end, top, form="{:g}"):
 
 def curves(model, events, starts, end):
     loss, emergent = list(loss_lines(events, starts)), emergence_lines(model, events, starts)
-    items = "Held-out items" if all(e["held_out"] for e in events if e["event"] == "eval") else "Training items"
-    if not loss:
-        return ""
-    body = chart("Loss", loss, end, max(y for _, _, points in loss for _, y in points))
+    items = "Held-out items" if all(e.get("held_out", True) for e in events if e["event"] == "eval") else "Training items"
+    body = chart("Loss", loss, end, max(y for _, _, points in loss for _, y in points) or 1)
     if emergent:
         body += chart(f"{items} that find theirs first", emergent, end, 1.0, "{:.0%}")
-    note = "Emergent pairs follow the trained one, without ever being in the loss." if emergent else (
+    note = "Emergent pairs rise with the trained one, without ever being in the loss." if emergent else (
         "How alignment emerges over time is drawn for runs made with <code>--eval-every</code>.")
     return section("While it learned", note, f'<div class="charts">{body}</div>')
 
@@ -235,8 +233,9 @@ def galleries(model, source, embedded, recall):
     pairs = sorted(itertools.permutations(order, 2), key=lambda pair: (
         evaluate.trained_together(model, *pair), (order.index(pair[1]) - order.index(pair[0])) % len(order)))
     body = "".join(gallery(model, source, embedded, a, b, recall, n < 4) for n, (a, b) in enumerate(pairs))
-    return section("Ask with one sense, answer in another", f"Queries drawn at random, and the nearest of each. ✓ is "
-                   f"{'of the same class' if source.classes else 'the same item'}, ✗ is not.", body)
+    right = "of the same class" if source.classes else "the same item"
+    return section("Ask with one sense, answer in another", "Queries drawn at random, and the nearest of each. "
+                   f"✓ is {right}, ✗ is not.", f'<div class="galleries">{body}</div>')
 
 
 def sums(source, embedded, parts):
@@ -297,7 +296,7 @@ def opening(name, model, source, embedded, recall):
     shared = set.intersection(*(set(indices.tolist()) for _, indices, _ in embedded.values()))
     senses = ""
     if shared:
-        index = sorted(shared)[len(shared) // 3]
+        index = sorted(shared)[len(shared) * 2 // 5]
         more = [m for m in MODALITIES if encoder_of(m) in model.encoders and m in source.columns and m not in embedded]
         senses = "".join(card(source, index, m, note=m) for m in [*embedded, *more])
         senses = f'<h3>One thing, in every sense</h3><div class="senses">{senses}</div>'
@@ -314,8 +313,7 @@ def page(name, model, source, args, log):
     if len(modalities) < 2:
         raise evaluate.UsageError(f"a report compares modalities: the checkpoint has {', '.join(model.encoders)}, "
                                   f"the data have {', '.join(source.columns)}")
-    embedded = {m: evaluate.embed_items(model, source, m, args.batch_size, args.workers, args.limit)
-                for m in modalities}
+    embedded = {m: evaluate.embed_items(model, source, m, args.batch_size, args.workers, args.limit) for m in modalities}
     recall, zeroshot = evaluate.pairwise(model, source, embedded)
     bad = list(dict.fromkeys(item for _, _, unread in embedded.values() for item in unread))
     note = "R@1 in %: how often the nearest item of the column's modality is right, for the items of the row's."
@@ -328,7 +326,9 @@ def page(name, model, source, args, log):
         rows = [(chip(m), share, m, "" if evaluate.trained_together(model, m, "text") else "emergent")
                 for m, share in zeroshot.items()]
         parts.append(section("Named by text", "Items whose class is the nearest of all classes' text prompts.", bars(rows)))
-    parts += [curves(model, *log), galleries(model, source, embedded, recall)]
+    if log[1]:
+        parts.append(curves(model, *log))
+    parts.append(galleries(model, source, embedded, recall))
     if "image" in modalities:
         parts.append(arithmetic(model, source, embedded, args))
     names = "".join(f"<li>{escape(item.reason)}</li>" for item in bad[:100])
@@ -352,9 +352,10 @@ def main():
     path = Path(args.checkpoint)
     folder = path if path.is_dir() else path.parent
     config = json.loads((folder / "config.json").read_text()) if (folder / "log.jsonl").is_file() else {}
-    source = data.open_data(args.data or config.get("eval_data") or config.get("data") or "toy", "test")
+    spec = args.data or config.get("eval_data") or config.get("data") or "toy"
+    source = data.open_data(spec, "test")
     model = evaluate.load_model(args.checkpoint, args.heads).to("cuda" if torch.cuda.is_available() else "cpu")
-    text = page(folder.name if config else path.name, model, source, args, read_log(folder / "log.jsonl"))
+    text = page(f"{folder.name if config else path.name} on {spec}", model, source, args, read_log(folder / "log.jsonl"))
     out = Path(args.out) if args.out else (folder if config else Path()) / "report.html"
     out.write_text(text, encoding="utf-8")
     print(f"{out}: {len(text) / 1e6:.1f} MB, for any browser")
