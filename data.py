@@ -47,6 +47,7 @@ DEPTH_MEAN, DEPTH_STD = 0.0418, 0.0295  # of disparities
 SAMPLE_RATE = 16000  # Hz
 AUDIO_CLIPS, VIDEO_CLIPS, CLIP_SECONDS = 3, 5, 2  # per item in evaluation
 MAX_PIXELS = 100_000_000
+NPY = b"\x93NUMPY"  # how such a file begins
 
 
 class DataError(ValueError):
@@ -54,24 +55,28 @@ class DataError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading files
+# Reading files: each by its path, or the bytes that it holds
 
 
-def read_image(path):
+def content_of(item):
+    return item if isinstance(item, bytes) else Path(item).read_bytes()
+
+
+def read_image(item):
     """Picture file -> (H, W, 3) uint8."""
-    return np.array(open_picture(path).convert("RGB"))
+    return np.array(open_picture(item).convert("RGB"))
 
 
-def open_picture(path):
-    picture = Image.open(path)
+def open_picture(item):
+    picture = Image.open(io.BytesIO(content_of(item)))
     if picture.width * picture.height > MAX_PIXELS:
         raise DataError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
     return picture
 
 
-def read_audio(path):
+def read_audio(item):
     """Sound file -> (channels, T) float32 at 16 kHz. WAV needs nothing else; other formats torchcodec."""
-    content = Path(path).read_bytes()
+    content = content_of(item)
     if content[:4] == b"RIFF":
         wave, rate = parse_wav(content)
     else:
@@ -130,8 +135,8 @@ class Video:
 
     first = 0  # frame of the file that is frame 0 here
 
-    def __init__(self, path):
-        self.decoder = import_torchcodec().decoders.VideoDecoder(str(path))
+    def __init__(self, item):
+        self.decoder = import_torchcodec().decoders.VideoDecoder(item if isinstance(item, bytes) else str(item))
         self.fps, self.count = self.decoder.metadata.average_fps, len(self.decoder)
         if not self.count or not self.fps:
             raise DataError("no frames in it")
@@ -145,7 +150,7 @@ class Video:
         return self
 
 
-def read_depth(path, baseline=0.075, focal_length=518.86, sunrgbd=False):
+def read_depth(item, baseline=0.075, focal_length=518.86, sunrgbd=False):
     """Depth map -> disparity (H, W) float32 = baseline * focal_length / depth (paper, section 3.1).
 
     .npy holds metres; a 16-bit PNG holds millimetres, with `sunrgbd` rotated left by 3 bits as SUN
@@ -154,10 +159,11 @@ def read_depth(path, baseline=0.075, focal_length=518.86, sunrgbd=False):
     The defaults are the Kinect's of NYU-D. Depth is clipped to 0.01..50 m (SUN RGB-D: ..8 m), so a
     missing measurement (0) counts as near.
     """
-    if Path(path).suffix.lower() == ".npy":
-        metres = read_npy(path).astype(np.float32)
+    content = content_of(item)
+    if content.startswith(NPY):
+        metres = read_npy(content).astype(np.float32)
     else:
-        picture = open_picture(path)
+        picture = open_picture(content)
         if not picture.mode.startswith("I"):
             raise DataError(f"a depth map is a 16-bit PNG in millimetres or a .npy in metres, not mode {picture.mode}")
         raw = np.asarray(picture).astype(np.uint16)
@@ -171,9 +177,9 @@ def to_disparity(metres, baseline, focal_length, near=0.01, far=50.0):
     return np.float32(baseline * focal_length) / metres.clip(near, far)
 
 
-def read_thermal(path):
+def read_thermal(item):
     """Thermal picture of 8 or 16 bits, one channel or a grey one of three -> (H, W) float32 in 0..1."""
-    picture = open_picture(path)
+    picture = open_picture(item)
     if picture.mode.startswith("I"):
         return np.asarray(picture).astype(np.float32) / 65535
     return np.asarray(picture.convert("L")).astype(np.float32) / 255
@@ -184,8 +190,9 @@ def read_imu(item):
 
     A .csv may open with a header line. The whole of it is one window (the paper: 5 s).
     """
-    if isinstance(item, (str, Path)):
-        item = read_npy(item) if Path(item).suffix.lower() == ".npy" else read_numbers(item)
+    if isinstance(item, (str, Path, bytes)):
+        content = content_of(item)
+        item = read_npy(content) if content.startswith(NPY) else read_numbers(content)
     imu = np.asarray(item, dtype=np.float32)
     if imu.ndim != 2 or 6 not in imu.shape:
         raise DataError(f"an IMU recording has 6 channels (accelerometer xyz, gyroscope xyz), not shape {imu.shape}")
@@ -195,13 +202,13 @@ def read_imu(item):
     return imu
 
 
-def read_npy(path):
-    return np.load(path, allow_pickle=False)
+def read_npy(content):
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def read_numbers(path):
+def read_numbers(content):
     """Rows of a comma-separated file as floats, without its header if it has one."""
-    rows = [row for row in csv.reader(io.StringIO(Path(path).read_text())) if row]
+    rows = [row for row in csv.reader(io.StringIO(content.decode())) if row]
     try:
         float(rows[0][0])
     except ValueError:
@@ -235,10 +242,10 @@ def load(modality, item, config=None, **options):
 
     image (3, 224, 224); text (77,) token ids; audio (3 clips, 1, 128, 204); depth and thermal
     (1, 224, 224); imu (6, 2000); video (5 clips * 3 crops, 3, 2, 224, 224); other sizes where
-    `config` (an EncoderConfig, as model.encoder(modality).config) says so. An IMU item may be an
-    array; depth takes baseline, focal_length and sunrgbd (see read_depth). Raises DataError.
+    `config` (an EncoderConfig, as model.encoder(modality).config) says so. The bytes of a file stand for its
+    path; an IMU item may be an array; depth takes baseline, focal_length and sunrgbd (see read_depth). Raises DataError.
     """
-    with naming(item if isinstance(item, (str, Path)) else f"{modality} array"):
+    with naming(item if isinstance(item, (str, Path)) else f"these {modality} data"):
         return transform(modality, READERS[modality](item, **options), config or preset("huge", modality))
 
 
