@@ -48,7 +48,7 @@ DEPTH_MEAN, DEPTH_STD = 0.0418, 0.0295  # of disparities
 SAMPLE_RATE = 16000  # Hz
 AUDIO_CLIPS, VIDEO_CLIPS, CLIP_SECONDS = 3, 5, 2  # per item in evaluation
 # What one item may be, so that a damaged or hostile file costs less than 1 GB of memory and 5 s
-MAX_BYTES, MAX_SAMPLES = 2**28, 2**25  # of a file, but video; of a sound, over all channels
+MAX_BYTES, MAX_SAMPLES = 2**28, 25_000_000  # of a file, but video; of a sound, over all channels
 MAX_PIXELS, MAX_MAP, MAX_FRAME = 50_000_000, 25_000_000, 10_000_000  # of a picture; of a depth or thermal map; of a video
 MAX_ROW = 2**24  # bytes, of a table; a .csv of numbers as well
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's formats, those that start no other program
@@ -89,7 +89,11 @@ def check_size(width, height, limit=MAX_PIXELS):
 
 def read_image(item):
     """Picture file -> (H, W, 3) uint8."""
-    return np.array(open_picture(item).convert("RGB"))
+    picture = open_picture(item).convert("RGB")
+    x = np.empty((picture.height, picture.width, 3), np.uint8)
+    for top in range(0, picture.height, 1024):  # in strips, so that Pillow's copies on the way are small
+        x[top : top + 1024] = picture.crop((0, top, picture.width, min(top + 1024, picture.height)))
+    return x
 
 
 def open_picture(item, limit=MAX_PIXELS):

@@ -287,8 +287,9 @@ def require(model, source, *modalities):
         if source is not None and modality not in source.columns:
             raise UsageError(f"the data have no {modality}, only {', '.join(source.columns)}")
     if not bound(model, *modalities):
-        raise UsageError(f"nothing joins {' and '.join(dict.fromkeys(modalities))} in this checkpoint, trained on "
-                         f"{', '.join(model.pairs) or 'no pair'}: scores would be noise")
+        names = list(dict.fromkeys(modalities))
+        what = f"nothing joins {' and '.join(names)}" if len(names) > 1 else f"{names[0]} was never trained"
+        raise UsageError(f"{what} in this checkpoint (its pairs: {', '.join(model.pairs) or 'none'}): scores would be noise")
 
 
 def read_lines(path):

@@ -173,7 +173,7 @@ class Run:
                 save_atomic({"model": model.state(), "sizes": sizes, **state}, self.folder / "state.pt")
                 model.save(self.folder / "model.pt")
             except OSError as error:
-                raise RunError(f"{error.strerror}; then go on with python train.py --resume {self.folder}") from None
+                raise RunError(f"{error.strerror}; make room, then go on with python train.py --resume {self.folder}") from None
 
     def load(self):
         """What `save` wrote, or None; cuts the logs back to that moment."""
