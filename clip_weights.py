@@ -34,7 +34,7 @@ import regex
 import torch
 from tqdm import tqdm
 
-from model import PRESETS, Encoder, EncoderConfig, ImageBind, save_atomic
+from model import ACTIVATIONS, PRESETS, Encoder, EncoderConfig, ImageBind, read_checkpoint, require_stored, save_atomic
 
 # ---------------------------------------------------------------------------------------------
 # Files by name
@@ -132,7 +132,7 @@ def read_file(path):
             if f"{root}/constants.pkl" in archive.namelist():
                 return read_archive(archive, root), True
     # mapped: pages are read when touched, and float32 weights are never copied
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), False
+    return read_checkpoint(path, mmap=is_zip), False
 
 
 def read_archive(archive, root):
@@ -296,6 +296,7 @@ def plain_names(content):
     """The tensors of a state dict, which is emptied: without DistributedDataParallel's prefix; q, k and v in one."""
     tensors = {name.removeprefix("module."): t for name, t in content.items() if isinstance(t, torch.Tensor)}
     content.clear()
+    require_stored(tensors)
     for name in [name for name in tensors if ".self_attn.q_proj." in name]:
         parts = [tensors.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
         tensors[name.replace("q_proj", "qkv_proj")] = torch.cat(parts)
@@ -317,7 +318,7 @@ def read_config(layout, folder):
     """What the publisher's JSON beside the weights says; Hugging Face's must be there, OpenCLIP's may."""
     file = folder / ("config.json" if layout is HUGGING_FACE else "open_clip_config.json")
     if file.is_file() and layout is not IMAGEBIND:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         return config.get("model_cfg", config)
     if layout is HUGGING_FACE:
         raise ValueError("config.json, which says its activation and its heads, is not beside it")
@@ -357,7 +358,7 @@ def tower_config(layout, modality, tensors, config, quick, heads):
                          f"say it as heads, {modality}=N")
     if n < 1 or width % n:
         raise ValueError(f"{n} heads do not divide the {modality} encoder's width of {width}")
-    if activation not in ("gelu", "quick_gelu"):
+    if activation not in ACTIVATIONS:
         raise ValueError(f"the {modality} encoder's activation is {activation}, neither gelu nor quick_gelu")
     config = EncoderConfig(
         modality, width=width, heads=n, embed_dim=proj.shape[1 if layout is CLIP else 0],
@@ -462,6 +463,7 @@ def export_imagebind(model, path):
 
 CLIP_MERGES = 48894  # merges in CLIP's vocabulary of 49,408
 LONGEST_TEXT = 10_000  # characters; 77 tokens end long before, and repairing a megabyte takes seconds
+LONGEST_WORD = 2000  # merging takes time as the square of a word's length
 
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
                      regex.IGNORECASE)
@@ -514,7 +516,7 @@ class Tokenizer:
         text = regex.sub(r"\s+", " ", text).strip().lower()
         ids = [self.start]
         for word in WORD.findall(text):
-            ids += self.word_ids(word)
+            ids += self.word_ids(word[:LONGEST_WORD])
             if len(ids) >= context:
                 break
         ids = ids[: context - 1] + [self.end]

@@ -15,6 +15,7 @@ that the encoder of a given config reads.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from clip_weights import tokenizer
 from model import MODALITIES, preset
@@ -46,7 +47,12 @@ AUDIO_MEAN, AUDIO_STD = -4.268, 9.138  # of log-mel energies on AudioSet
 DEPTH_MEAN, DEPTH_STD = 0.0418, 0.0295  # of disparities
 SAMPLE_RATE = 16000  # Hz
 AUDIO_CLIPS, VIDEO_CLIPS, CLIP_SECONDS = 3, 5, 2  # per item in evaluation
-MAX_PIXELS = 100_000_000
+# What one item may be, so that a damaged or hostile file costs less than 1 GB of memory and 5 s
+MAX_BYTES, MAX_SAMPLES = 2**28, 25_000_000  # of a file, but video; of a sound, over all channels
+MAX_PIXELS, MAX_MAP, MAX_FRAME = 50_000_000, 25_000_000, 10_000_000  # of a picture; of a depth or thermal map; of a video
+MAX_ROW = 2**24  # bytes, of a table; a .csv of numbers as well
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's formats, those that start no other program
+NPY = b"\x93NUMPY"  # how such a file begins
 
 
 class DataError(ValueError):
@@ -54,36 +60,99 @@ class DataError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading files
+# Reading files: each by its path, or the bytes that it holds
 
 
-def read_image(path):
+def content_of(item):
+    if isinstance(item, bytes):
+        return item
+    size = plain_file(item).stat().st_size
+    if size > MAX_BYTES:
+        raise DataError(f"{size:,} bytes, more than {MAX_BYTES:,}")
+    return Path(item).read_bytes()
+
+
+def plain_file(path):
+    """The path, if it is a file that ends: reading a pipe or a device could last for ever."""
+    if not Path(path).is_file():
+        raise DataError("not a file" if Path(path).exists() else "no such file")
+    return Path(path)
+
+
+def check_size(width, height, limit=MAX_PIXELS):
+    """DataError for what would not fit in memory, or not once its short side has the encoder's size."""
+    if width * height > limit:
+        raise DataError(f"{width} x {height} pixels, more than {limit:,}")
+    if max(width, height) > 100 * min(width, height):
+        raise DataError(f"{width} x {height} pixels: one side is more than 100 times the other")
+
+
+def read_image(item):
     """Picture file -> (H, W, 3) uint8."""
-    return np.array(open_picture(path).convert("RGB"))
+    picture = open_picture(item).convert("RGB")
+    x = np.empty((picture.height, picture.width, 3), np.uint8)
+    for top in range(0, picture.height, 1024):  # in strips, so that Pillow's copies on the way are small
+        x[top : top + 1024] = picture.crop((0, top, picture.width, min(top + 1024, picture.height)))
+    return x
 
 
-def open_picture(path):
-    picture = Image.open(path)
-    if picture.width * picture.height > MAX_PIXELS:
-        raise DataError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
+def open_picture(item, limit=MAX_PIXELS):
+    try:
+        picture = Image.open(io.BytesIO(content_of(item)), formats=PICTURES)
+    except UnidentifiedImageError:
+        raise DataError(f"not a picture, or damaged ({', '.join(PICTURES)} are read)") from None
+    check_size(picture.width, picture.height, limit)
     return picture
 
 
-def read_audio(path):
-    """Sound file -> (channels, T) float32 at 16 kHz. WAV needs nothing else; other formats torchcodec."""
-    content = Path(path).read_bytes()
-    if content[:4] == b"RIFF":
-        wave, rate = parse_wav(content)
+def read_audio(item, start=0.0, seconds=None):
+    """Sound file -> (channels, T) float32 at 16 kHz. WAV needs nothing else; other formats torchcodec.
+
+    start, seconds: a clip's place. Where the file is a whole recording (see cut), a compressed one is decoded there alone.
+    """
+    if not isinstance(item, bytes):
+        with open(plain_file(item), "rb") as file:
+            item = content_of(item) if file.read(4) == b"RIFF" else str(item)
+    if item[:4] == b"RIFF":
+        wave, rate = parse_wav(item)
     else:
-        decoder = import_torchcodec().decoders.AudioDecoder(content)
-        samples = decoder.get_all_samples()
-        wave, rate = samples.data, samples.sample_rate
-    wave = wave.float()
+        wave, rate = decode_sound(item, float(start), seconds and float(seconds))
     if wave.shape[1] == 0:
         raise DataError("no sound in it")
+    if wave.numel() * max(1.0, SAMPLE_RATE / rate) > MAX_SAMPLES:
+        raise DataError(f"more than {MAX_SAMPLES:,} samples over all channels: cut it, or say the clip's start and seconds")
     if not wave.isfinite().all():
         raise DataError("samples that are not finite")
-    return torchaudio.functional.resample(wave, rate, SAMPLE_RATE)
+    return resample(wave, Fraction(rate, SAMPLE_RATE))
+
+
+def resample(wave, ratio, block=2**20):
+    """(channels, T) at `ratio` times the sample rate -> at the sample rate, in blocks: PyTorch needs 60 bytes per sample.
+
+    The filter holds as many numbers as the ratio's numerator times its denominator, so for rates such as
+    47,999 Hz the nearest ratio stands that has few: all common rates, down to 11,025 Hz, are exact.
+    """
+    if ratio.numerator * ratio.denominator > 300_000:
+        ratio = ratio.limit_denominator(math.isqrt(int(300_000 / ratio)))
+    old, new, T = ratio.numerator, ratio.denominator, wave.shape[1]
+    block = old * max(1, block // old)
+    margin = old * (1 + math.ceil(7 * max(1.0, ratio) / old))  # the filter reaches 6 zero crossings to each side
+    parts = []
+    for start in range(0, T, block):
+        first = max(0, start - margin)
+        part = torchaudio.functional.resample(wave[:, first : start + block + margin], old, new)
+        skip = (start - first) // old * new
+        parts.append(part[:, skip : skip + block // old * new])
+    return torch.cat(parts, dim=1)
+
+
+def decode_sound(item, start, seconds):
+    """Compressed sound (its path as a string, or bytes) -> (channels, T), rate; no more of it than one item may have."""
+    decoder = import_torchcodec().decoders.AudioDecoder(item)
+    rate, duration = decoder.metadata.sample_rate, decoder.metadata.duration_seconds or 0.0
+    limit = MAX_SAMPLES / decoder.metadata.num_channels / rate + 1
+    first, last = (start, min(seconds, limit)) if seconds and start < duration and duration > seconds + 1 else (0.0, limit)
+    return decoder.get_samples_played_in_range(first, first + last).data.float(), rate
 
 
 def parse_wav(content):
@@ -92,7 +161,7 @@ def parse_wav(content):
     The standard library's wave module refuses float samples and, before Python 3.12, the
     "extensible" header that most 24-bit files have; a chunk walk is all it takes.
     """
-    at, rate, data = 12, None, None
+    content, at, rate, data = memoryview(content), 12, None, None  # a view: slices are no copies
     while at + 8 <= len(content) and data is None:
         name, size = struct.unpack_from("<4sI", content, at)
         if name == b"fmt ":
@@ -112,7 +181,11 @@ def parse_wav(content):
     if bits == 24:  # sign-extend by placing the three bytes high in an int32
         data = np.pad(data.reshape(-1, 3), ((0, 0), (1, 0))).view("<i4").ravel()
     scale = {8: 1 / 128, 24: 2**-31}.get(bits, 2.0 ** (1 - bits)) if kind == 1 else 1.0
-    wave = (data.astype(np.float32) - (128 if bits == 8 else 0)) * np.float32(scale)
+    if len(data) > MAX_SAMPLES:
+        raise DataError(f"{len(data):,} samples over all channels, more than {MAX_SAMPLES:,}")
+    wave = data.astype(np.float32)
+    wave -= 128 if bits == 8 else 0
+    wave *= np.float32(scale)
     return torch.from_numpy(np.ascontiguousarray(wave.reshape(-1, channels).T)), rate
 
 
@@ -130,9 +203,12 @@ class Video:
 
     first = 0  # frame of the file that is frame 0 here
 
-    def __init__(self, path):
-        self.decoder = import_torchcodec().decoders.VideoDecoder(str(path))
-        self.fps, self.count = self.decoder.metadata.average_fps, len(self.decoder)
+    def __init__(self, item):
+        source = item if isinstance(item, bytes) else str(plain_file(item))
+        self.decoder = import_torchcodec().decoders.VideoDecoder(source)
+        metadata = self.decoder.metadata
+        check_size(metadata.width, metadata.height, MAX_FRAME)
+        self.fps, self.count = metadata.average_fps, len(self.decoder)
         if not self.count or not self.fps:
             raise DataError("no frames in it")
 
@@ -145,7 +221,7 @@ class Video:
         return self
 
 
-def read_depth(path, baseline=0.075, focal_length=518.86, sunrgbd=False):
+def read_depth(item, baseline=0.075, focal_length=518.86, sunrgbd=False):
     """Depth map -> disparity (H, W) float32 = baseline * focal_length / depth (paper, section 3.1).
 
     .npy holds metres; a 16-bit PNG holds millimetres, with `sunrgbd` rotated left by 3 bits as SUN
@@ -154,16 +230,21 @@ def read_depth(path, baseline=0.075, focal_length=518.86, sunrgbd=False):
     The defaults are the Kinect's of NYU-D. Depth is clipped to 0.01..50 m (SUN RGB-D: ..8 m), so a
     missing measurement (0) counts as near.
     """
-    if Path(path).suffix.lower() == ".npy":
-        metres = read_npy(path).astype(np.float32)
+    content = content_of(item)
+    if content.startswith(NPY):
+        metres = read_npy(content)
+        if metres.ndim != 2:
+            raise DataError(f"a depth map is two-dimensional, not of shape {metres.shape}")
+        check_size(*metres.shape[::-1], MAX_MAP)
+        metres = metres.astype(np.float32)
     else:
-        picture = open_picture(path)
+        picture = open_picture(content, MAX_MAP)
         if not picture.mode.startswith("I"):
             raise DataError(f"a depth map is a 16-bit PNG in millimetres or a .npy in metres, not mode {picture.mode}")
         raw = np.asarray(picture).astype(np.uint16)
         metres = ((raw >> 3) | (raw << 13) if sunrgbd else raw).astype(np.float32) / 1000
-    if metres.ndim != 2 or not np.isfinite(metres).all():
-        raise DataError(f"a depth map is two-dimensional and finite, not of shape {metres.shape}")
+    if not np.isfinite(metres).all():
+        raise DataError("depths that are not finite")
     return to_disparity(metres, baseline, focal_length, far=8.0 if sunrgbd else 50.0)
 
 
@@ -171,9 +252,9 @@ def to_disparity(metres, baseline, focal_length, near=0.01, far=50.0):
     return np.float32(baseline * focal_length) / metres.clip(near, far)
 
 
-def read_thermal(path):
+def read_thermal(item):
     """Thermal picture of 8 or 16 bits, one channel or a grey one of three -> (H, W) float32 in 0..1."""
-    picture = open_picture(path)
+    picture = open_picture(item, MAX_MAP)
     if picture.mode.startswith("I"):
         return np.asarray(picture).astype(np.float32) / 65535
     return np.asarray(picture.convert("L")).astype(np.float32) / 255
@@ -184,9 +265,13 @@ def read_imu(item):
 
     A .csv may open with a header line. The whole of it is one window (the paper: 5 s).
     """
-    if isinstance(item, (str, Path)):
-        item = read_npy(item) if Path(item).suffix.lower() == ".npy" else read_numbers(item)
-    imu = np.asarray(item, dtype=np.float32)
+    if isinstance(item, (str, Path, bytes)):
+        content = content_of(item)
+        item = read_npy(content) if content.startswith(NPY) else read_numbers(content)
+    imu = np.asarray(item)
+    if imu.size > MAX_SAMPLES:
+        raise DataError(f"{imu.size:,} numbers, more than {MAX_SAMPLES:,}")
+    imu = imu.astype(np.float32)
     if imu.ndim != 2 or 6 not in imu.shape:
         raise DataError(f"an IMU recording has 6 channels (accelerometer xyz, gyroscope xyz), not shape {imu.shape}")
     imu = imu if imu.shape[0] == 6 else imu.T
@@ -195,13 +280,17 @@ def read_imu(item):
     return imu
 
 
-def read_npy(path):
-    return np.load(path, allow_pickle=False)
+def read_npy(content):
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def read_numbers(path):
+def read_numbers(content):
     """Rows of a comma-separated file as floats, without its header if it has one."""
-    rows = [row for row in csv.reader(io.StringIO(Path(path).read_text())) if row]
+    if len(content) > MAX_ROW:
+        raise DataError(f"{len(content):,} bytes of numbers, more than {MAX_ROW:,}: cut it into windows, or use .npy")
+    rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"))) if row]
+    if not rows:
+        raise DataError("no numbers in it")
     try:
         float(rows[0][0])
     except ValueError:
@@ -222,12 +311,14 @@ READERS = {"image": read_image, "text": read_text, "audio": read_audio, "depth":
 
 @contextmanager
 def naming(item):
-    """Turns whatever goes wrong while an item is prepared into a DataError that names the item."""
+    """Turns whatever goes wrong while an item is prepared into a DataError, one line that names the item."""
+    name = " ".join(str(item)[:200].split())
     try:
         yield
     except Exception as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        raise DataError(f"{str(item)[:200]}: {reason}") from error
+        reason = " ".join(reason[:1000].split())
+        raise DataError(reason if reason.startswith(f"{name}: ") else f"{name}: {reason}") from error
 
 
 def load(modality, item, config=None, **options):
@@ -235,10 +326,10 @@ def load(modality, item, config=None, **options):
 
     image (3, 224, 224); text (77,) token ids; audio (3 clips, 1, 128, 204); depth and thermal
     (1, 224, 224); imu (6, 2000); video (5 clips * 3 crops, 3, 2, 224, 224); other sizes where
-    `config` (an EncoderConfig, as model.encoder(modality).config) says so. An IMU item may be an
-    array; depth takes baseline, focal_length and sunrgbd (see read_depth). Raises DataError.
+    `config` (an EncoderConfig, as model.encoder(modality).config) says so. The bytes of a file stand for its
+    path; an IMU item may be an array; depth takes baseline, focal_length and sunrgbd (see read_depth). Raises DataError.
     """
-    with naming(item if isinstance(item, (str, Path)) else f"{modality} array"):
+    with naming(item if isinstance(item, (str, Path)) else f"these {modality} data"):
         return transform(modality, READERS[modality](item, **options), config or preset("huge", modality))
 
 
@@ -274,8 +365,11 @@ class View:
 
 
 def transform(modality, x, config, rng=None, view=None):
-    """What was read -> the encoder's tensor; with an rng (and a View for pictures), as in training."""
-    return TRANSFORMS[modality](x, config, rng, view)
+    """What was read -> the encoder's tensor; with an rng (and a View for pictures), as in training. Finite, or DataError."""
+    x = TRANSFORMS[modality](x, config, rng, view)
+    if not x.isfinite().all():
+        raise DataError(f"its {modality} has values so extreme that its tensor is not finite")
+    return x
 
 
 def transform_image(x, config, rng, view):
@@ -519,6 +613,9 @@ class ToyWorld:
             places = [(x + rng.uniform(-0.02, 0.02), rng.uniform(0.42, 0.58), rng.uniform(0.22, 0.26)) for x in (0.26, 0.74)]
         return [Thing(c, *place, rng.uniform(-0.2, 0.2)) for c, place in zip(concepts, places)]
 
+    def fingerprint(self):
+        return f"toy {self.split} {self.size} {self.seed} {self.crowded}"
+
     def label(self, index):
         return self.scene(index)[0].concept
 
@@ -665,13 +762,16 @@ class Table:
     a picture); `start` and `seconds` (of a clip in its recording). Only the offset of each row is kept in
     memory and a row is parsed when it is read, so that millions of rows cost little and worker processes
     share them. `classes`: names by label, in order; a name may hold alternatives by |. `absent`: items
-    listed by a data set whose files are not there. Raises DataError if the file is not such a table.
+    listed by a data set whose files are not there. A cell that leads out of the table's folder is not read
+    without `allow_outside`, for who wrote a manifest need not be who owns the disk; links inside are followed.
+    Raises DataError if the file is not such a table.
     """
 
     crop_scale = (0.35, 1.0)
 
-    def __init__(self, path, content=None, classes=None, absent=0):
+    def __init__(self, path, content=None, classes=None, absent=0, allow_outside=False):
         self.path, self.root, self.content, self.absent = Path(path), Path(path).parent, content, absent
+        self.allow_outside = allow_outside
         with naming(path):
             with self._open() as file:
                 self.offsets = row_offsets(file)  # (rows + 2,): of the header, of each row, of the end
@@ -687,20 +787,41 @@ class Table:
     def __len__(self):
         return len(self.offsets) - 2
 
+    def fingerprint(self):
+        """SHA-256 of the table: of its rows, not of the files that they name."""
+        digest = hashlib.sha256()
+        with self._open() as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        return digest.hexdigest()
+
     def _open(self):
         return open(self.path, "rb") if self.content is None else io.BytesIO(self.content)
 
     def _cells(self, line):
         with self._open() as file:
+            size = int(self.offsets[line + 1] - self.offsets[line])
+            if size > MAX_ROW:
+                raise DataError(f"a row of {size:,} bytes: is there a quote that opens and never closes?")
             file.seek(self.offsets[line])
-            content = file.read(self.offsets[line + 1] - self.offsets[line])
+            content = file.read(size)
         return next(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")), [])
 
     def row(self, index):
-        return dict.fromkeys(self.header, "") | dict(zip(self.header, self._cells(index + 1)))
+        with naming(self.name(index)):
+            cells = self._cells(index + 1)
+            if any(cells[len(self.header):]):
+                raise DataError(f"{len(cells)} cells under {len(self.header)} columns; a text with commas stands in quotes")
+        return dict.fromkeys(self.header, "") | dict(zip(self.header, cells))
 
     def name(self, index):
         return f"{self.path.name}:{index + 1}"
+
+    def locate(self, cell):
+        """The path that a cell stands for."""
+        if not self.allow_outside and (os.path.isabs(cell) or Path(os.path.normpath(cell)).parts[:1] == ("..",)):
+            raise DataError(f"{cell}: outside the manifest's folder, read only with --allow-outside")
+        return self.root / cell
 
     def about(self, index, modality):
         """What a user knows an item by."""
@@ -715,9 +836,9 @@ class Table:
             if modality == "text":
                 return read_text(cell)
             if modality == "imu" and row.get("start"):
-                return read_imu(imu_window(self.root / cell, float(row["start"]), float(row["seconds"])))
-            keys = ("baseline", "focal_length", "sunrgbd") if modality == "depth" else ()
-            return cut(READERS[modality](self.root / cell, **{k: float(row[k]) for k in keys if row.get(k)}), modality, row)
+                return read_imu(imu_window(self.locate(cell), float(row["start"]), float(row["seconds"])))
+            keys = {"depth": ("baseline", "focal_length", "sunrgbd"), "audio": ("start", "seconds")}.get(modality, ())
+            return cut(READERS[modality](self.locate(cell), **{k: float(row[k]) for k in keys if row.get(k)}), modality, row)
 
     @cached_property
     def names_by_label(self):
@@ -758,12 +879,14 @@ class Table:
 def row_offsets(file):
     """Byte offset of every CSV row of a binary file and of its end: newlines inside quotes do not end a row."""
     found, at, quotes = [np.zeros(1, np.int64)], 0, 0
-    while chunk := file.read(1 << 24):
+    while chunk := file.read(1 << 22):
         content = np.frombuffer(chunk, np.uint8)
         inside = (quotes + np.cumsum(content == ord('"'))) % 2
         found.append(np.flatnonzero((content == ord("\n")) & (inside == 0)) + at + 1)
         at, quotes = at + len(chunk), int(inside[-1])
     offsets = np.concatenate(found)
+    if quotes:
+        raise DataError(f"a quote opens in row {len(offsets) - 1} and never closes")
     return offsets if offsets[-1] == at else np.append(offsets, at)  # a last line without newline
 
 
@@ -952,7 +1075,8 @@ def scene_rows(root, split, folders):
 def scene_row(root, scene):
     try:
         picture, depth = ([*files_below(root, f"{scene}/{kind}")["image"].values()][0] for kind in ("image", "depth_bfx"))
-        focal_length, label = ((root / scene / name).read_text().split()[0] for name in ("intrinsics.txt", "scene.txt"))
+        focal_length, label = ((root / scene / name).read_text(encoding="utf-8").split()[0]
+                               for name in ("intrinsics.txt", "scene.txt"))
         return {"image": picture, "depth": depth, "label": label, "sunrgbd": 1,
                 "baseline": SENSORS[scene.split("/")[0]], "focal_length": float(focal_length)}
     except (DataError, OSError, LookupError, ValueError):
@@ -1013,7 +1137,7 @@ def ego4d(root, split, seconds=5):
     """Windows of 5 s with their scenario and first narration. Every fifth recording, by a hash of its id, is test."""
     if not (root / "ego4d.json").is_file():
         raise DataError("no ego4d.json in it")
-    videos, files = json.loads((root / "ego4d.json").read_text())["videos"], files_below(root)
+    videos, files = json.loads((root / "ego4d.json").read_text(encoding="utf-8"))["videos"], files_below(root)
 
     def rows():
         for video in (v for v in videos if (zlib.crc32(v["video_uid"].encode()) % 5 == 0) == (split == "test")):
@@ -1050,7 +1174,7 @@ def places365(root, split):
     part, folder = {"train": ("train_standard", "data_256"), "test": ("val", "val_256")}[split]
     classes = {index: " ".join(reversed(name.split("/")[2:])).replace("_", " ")  # /a/apartment_building/outdoor
                for name, index in lines_of(root, "categories_places365.txt", " ")}
-    pictures = {os.path.relpath(path, folder): path for path in files_below(root, folder)["image"].values()}
+    pictures = {Path(path).relative_to(folder).as_posix(): path for path in files_below(root, folder)["image"].values()}
     return ({"image": pictures.get(name.lstrip("/")), "label": index}
             for name, index in lines_of(root, f"places365_{part}.txt", " ")), classes
 
@@ -1109,8 +1233,10 @@ def open_dataset(name, root, split):
     return Table(Path(root) / name, ",".join(header).encode() + b"\n" + content.getvalue(), classes, absent)
 
 
-def open_data(spec, split="train"):
-    """The source that --data names: "toy", the path of a manifest, or NAME:ROOT (DATASETS). Raises DataError."""
+def open_data(spec, split="train", allow_outside=False):
+    """The source that --data names: "toy", the path of a manifest, or NAME:ROOT (DATASETS). Raises DataError.
+
+    allow_outside: a manifest's files may lie anywhere on the disk (see Table)."""
     if spec == "toy":
         return ToyWorld(split) if split == "train" else ToyWorld("test", size=8 * len(CONCEPTS))
     name, _, root = spec.partition(":")
@@ -1119,7 +1245,7 @@ def open_data(spec, split="train"):
     if not Path(spec).is_file():
         raise DataError(f"{spec}: no such manifest; --data takes toy, the path of a CSV, or NAME:ROOT with NAME one of "
                         f"{', '.join(DATASETS)}")
-    return Table(spec)
+    return Table(spec, allow_outside=allow_outside)
 
 
 class Bad(NamedTuple):

@@ -17,6 +17,7 @@ probe. Arithmetic: the item nearest to a sum. Scores are made in blocks, never q
 """
 
 import argparse
+import errno
 import hashlib
 import itertools
 import json
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import data
 from clip_weights import load_pretrained
-from model import MODALITIES, encoder_of
+from model import MODALITIES, choose_device, encoder_of
 
 TEMPLATES = {  # prompts per modality; {} is the class
     "image": ["a photo of a {}.", "a picture of the {}.", "a close-up of a {}.", "a blurry photo of a {}.", "this is a {}."],
@@ -63,6 +64,10 @@ def run_main(main):
         sys.exit(report_error(error, 2))
     except RunError as error:
         sys.exit(report_error(error, 1))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(report_error(f"{error.strerror} {error.filename or ''}", 1))
 
 
 def report_error(error, status):
@@ -205,14 +210,15 @@ def pairwise(model, source, embedded):
     """R@1 between all pairs of modalities, {"audio->text": 0.97, ...}, and zero-shot top-1 of each by text,
     {"audio": 0.97, ...}, from what embed_items made of each modality.
 
-    An item matches those of its class, or itself where the source has no classes.
+    An item matches those of its class, or itself where the source has no classes. What training never bound,
+    be it through others, is left out.
     """
     labels = {m: item_labels(source, indices) for m, (_, indices, _) in embedded.items()}
     recall = {f"{a}->{b}": recall_at_k(embedded[a][0], embedded[b][0], labels[a], labels[b])
-              for a, b in itertools.permutations(embedded, 2)}
+              for a, b in itertools.permutations(embedded, 2) if bound(model, a, b)}
     zeroshot = {}
     if source.classes and "text" in model.encoders:
-        for m in (m for m in embedded if m != "text"):
+        for m in (m for m in embedded if m != "text" and bound(model, m, "text")):
             classes, owner = named_classes(model, source, m)
             zeroshot[m] = recall_at_k(embedded[m][0], classes, labels[m], owner)
     return recall, zeroshot
@@ -240,6 +246,18 @@ def trained_together(model, a, b):
     """Whether any pair of this model trained these two modalities' encoders together."""
     pairs = [{encoder_of(m) for m in pair.split("-")} for pair in model.pairs]
     return {encoder_of(a), encoder_of(b)} in pairs
+
+
+def bound(model, *modalities):
+    """Whether training put these modalities' encoders into one space: its pairs join them, be it through others.
+
+    The scores between encoders that nothing joins, or of one that was never trained, are noise.
+    """
+    reached = {encoder_of(modalities[0])}
+    pairs = [{encoder_of(m) for m in pair.split("-")} for pair in model.pairs]
+    for _ in pairs:
+        reached = reached.union(*(pair for pair in pairs if pair & reached))
+    return any(pair & reached for pair in pairs) and {encoder_of(m) for m in modalities} <= reached
 
 
 # ---------------------------------------------------------------------------------------------
@@ -275,6 +293,10 @@ def require(model, source, *modalities):
             raise UsageError(f"the checkpoint has no {modality} encoder, only {', '.join(model.encoders)}")
         if source is not None and modality not in source.columns:
             raise UsageError(f"the data have no {modality}, only {', '.join(source.columns)}")
+    if not bound(model, *modalities):
+        names = list(dict.fromkeys(modalities))
+        what = f"nothing joins {' and '.join(names)}" if len(names) > 1 else f"{names[0]} was never trained"
+        raise UsageError(f"{what} in this checkpoint (its pairs: {', '.join(model.pairs) or 'none'}): scores would be noise")
 
 
 def read_lines(path):
@@ -320,6 +342,7 @@ def zeroshot(args, model, source):
     require(model, source, args.modality)
     if "text" not in model.encoders or not source.classes:
         raise UsageError("zero-shot classification needs a text encoder and data with classes (a label column)")
+    require(model, None, args.modality, "text")
     classes, owner = prompts_of(args, model, source)
     z, indices, bad = embed_items(model, source, args.modality, args.batch_size, args.workers)
     C = len(source.classes)
@@ -344,13 +367,14 @@ def zeroshot(args, model, source):
 def classify(source, z, indices, classes, owner, partial):
     """Top-1, top-5 (among the classes' names), mean per class, and top-1 per fold; of the items that have a class."""
     labels, C = item_labels(source, indices), len(source.classes)
+    unlabelled = int((labels < 0).sum())
     z, indices, labels = z[labels >= 0], indices[labels >= 0], labels[labels >= 0]
     counts = torch.bincount(labels, minlength=C)
     present = require_items(counts, source.classes, 1, partial)
     rank = ranks(z, classes, labels, owner)
     right = (rank == 1).double()
-    result = {"items": len(z), "classes_with_items": present, "chance": 1 / C, "top1": right.mean().item(),
-              "top5": (rank <= 5).double().mean().item(),
+    result = {"items": len(z), "unlabelled": unlabelled, "classes_with_items": present, "chance": 1 / C,
+              "top1": right.mean().item(), "top5": (rank <= 5).double().mean().item(),
               "mean_per_class": (torch.bincount(labels, right, C) / counts)[counts > 0].mean().item()}
     if "fold" in source.header:
         folds = [source.row(int(i))["fold"] for i in indices]
@@ -379,7 +403,8 @@ def search(q, query_labels, g, gallery_labels):
     if not there.any():
         raise UsageError("no query has a match that could be read")
     rank = ranks(q[there], g, query_labels[there], gallery_labels)
-    return {"queries": len(rank), "items": len(g), **{f"R@{k}": (rank <= k).double().mean().item() for k in (1, 5, 10)},
+    recall = {f"R@{k}": (rank <= k).double().mean().item() for k in (1, 5, 10)}
+    return {"queries": len(rank), "without_match": int((~there).sum()), "items": len(g), **recall,
             "median_rank": rank.double().quantile(0.5).item()}
 
 
@@ -392,12 +417,13 @@ def fewshot(args, model, source):
         raise UsageError("few-shot classification needs data with one class per item (a label column)")
     z, indices, bad = embed_items(model, source, args.modality, args.batch_size, args.workers)
     labels, C = item_labels(source, indices), len(source.classes)
+    unlabelled = int((labels < 0).sum())
     z, indices, labels = z[labels >= 0], indices[labels >= 0], labels[labels >= 0]
     names = [source.row(int(i))["fold"] for i in indices] if "fold" in source.header else []
     number = {name: n for n, name in enumerate(sorted(set(names)))}
     fold = torch.tensor([number[name] for name in names]) if names else None
-    result = {"modality": args.modality, "items": len(z), "absent": source.absent, **unreadable(bad), "classes": C,
-              "chance": 1 / C, "draws": args.draws, "shots": {}}
+    result = {"modality": args.modality, "items": len(z), "absent": source.absent, **unreadable(bad), "unlabelled": unlabelled,
+              "classes": C, "chance": 1 / C, "draws": args.draws, "shots": {}}
     for k in args.shots:
         accuracy = []
         for draw in range(args.draws):
@@ -430,7 +456,7 @@ def arithmetic(args, model, source):
     for modality, _ in parts:
         if modality not in MODALITIES:
             raise UsageError(f"--add takes MODALITY=ITEM with one of {', '.join(MODALITIES)}, not {modality!r}")
-        require(model, None, modality)
+    require(model, None, *(modality for modality, _ in parts), args.gallery)
     loaded = [data.load(m, item, model.encoder(m).config)[None] for m, item in parts]
     z = F.normalize(sum(model.embed(m, x).cpu() for (m, _), x in zip(parts, loaded)), dim=-1)
     g, indices, bad = embed_items(model, source, args.gallery, args.batch_size, args.workers)
@@ -439,7 +465,7 @@ def arithmetic(args, model, source):
     found = [{"item": source.about(i, args.gallery), "similarity": score} for i, score in zip(rows, scores.tolist())]
     lines = [f"  {item['similarity']:.3f}  {item['item']}" for item in found]
     print(f"{' + '.join(args.add)}, nearest of {len(g)} items:", *lines, sep="\n")
-    return {"add": args.add, "gallery": args.gallery, "items": len(g), **unreadable(bad), "found": found}
+    return {"add": args.add, "gallery": args.gallery, "items": len(g), "absent": source.absent, **unreadable(bad), "found": found}
 
 
 def toy_arithmetic(args, model):
@@ -482,14 +508,15 @@ def matrix(args, model, source):
     modalities = comparable(model, source)
     recall, zero, bad = emergence(model, source, modalities, args.batch_size, args.workers)
     print_matrix(model, modalities, recall)
-    return {"retrieval_r1": recall, "zeroshot_top1": zero, "pairs": model.pairs, "bad": len(bad)}
+    return {"retrieval_r1": recall, "zeroshot_top1": zero, "pairs": model.pairs, "absent": source.absent, **unreadable(bad)}
 
 
 def print_matrix(model, modalities, recall):
     print("R@1 in %, row asks column; * trained together, everything else is emergent")
     print(" " * 9 + "".join(f"{m:>9}" for m in modalities))
     for a in modalities:
-        cells = ["-" if a == b else f"{recall[f'{a}->{b}']:.1%}"[:-1] + " *"[trained_together(model, a, b)] for b in modalities]
+        cells = [f"{recall[f'{a}->{b}']:.1%}"[:-1] + " *"[trained_together(model, a, b)] if f"{a}->{b}" in recall
+                 else "-" if a == b else "unbound " for b in modalities]
         print(f"{a:9}" + "".join(f"{cell:>9}" for cell in cells))
 
 
@@ -499,8 +526,8 @@ def compare(args, model, source):
     if len(given) < 2:
         raise UsageError("compare needs items of at least two modalities, as --image dog.jpg --text 'a dog' 'a car'")
     embeddings = {}
+    require(model, None, *given)
     for modality, items in given.items():
-        require(model, None, modality)
         config = model.encoder(modality).config
         embeddings[modality] = torch.cat([model.embed(modality, data.load(modality, item, config)[None]) for item in items])
     result = {}
@@ -586,7 +613,7 @@ def suite(args, model, source=None):
     table = "\n".join(table_lines(rows)) + "\n"
     print(table, end="")
     if args.markdown:
-        Path(args.markdown).write_text(table)
+        Path(args.markdown).write_text(table, encoding="utf-8")
     return {"checkpoint": mark, "table": rows, "results": results}
 
 
@@ -630,6 +657,7 @@ def main():
         sub.add_argument("--heads", type=parse_heads, help="attention heads where the file does not say: image=16,text=12")
         if function not in (compare, suite):
             sub.add_argument("--data", default="toy", help="toy, a manifest (CSV), or NAME:ROOT: " + ", ".join(data.DATASETS))
+            sub.add_argument("--allow-outside", action="store_true", help="read files outside a manifest's folder, too")
         if function is not compare:
             sub.add_argument("--batch-size", type=int, default=64)
             sub.add_argument("--workers", type=int, default=2)
@@ -657,10 +685,11 @@ def main():
     for modality in MODALITIES:
         add["compare"](f"--{modality}", nargs="+", metavar="TEXT" if modality == "text" else "FILE")
     args = parser.parse_args()
-    model = load_model(args.checkpoint, args.heads).to("cuda" if torch.cuda.is_available() else "cpu")
-    result = args.function(args, model, data.open_data(args.data, "test") if "data" in args else None)
+    model = load_model(args.checkpoint, args.heads).to(choose_device())
+    source = data.open_data(args.data, "test", args.allow_outside) if "data" in args else None
+    result = args.function(args, model, source)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def positive(text):

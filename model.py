@@ -10,7 +10,10 @@ Image and video share one encoder: a still picture is a video whose frames are a
     python model.py           # the towers of every preset: tokens, parameters, GFLOPs
 """
 
+import errno
 import os
+import shutil
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,12 +21,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+ACTIVATIONS = ("gelu", "quick_gelu")
 MODALITIES = ("image", "text", "audio", "depth", "thermal", "imu", "video")
 
 
 @dataclass
 class EncoderConfig:
-    """One row of the table: everything needed to rebuild an encoder."""
+    """One row of the table: everything needed to rebuild an encoder. ValueError if it cannot be one: rows also
+    come out of strangers' files."""
 
     modality: str
     width: int
@@ -41,6 +46,14 @@ class EncoderConfig:
     def __post_init__(self):
         self.input_shape, self.patch = tuple(self.input_shape), tuple(self.patch)
         self.stride = tuple(self.stride) or self.patch
+        sizes = (self.width, self.depth, self.heads, self.embed_dim, *self.input_shape, *self.patch, *self.stride)
+        axes = len(self.input_shape) - 1
+        if not (self.modality in MODALITIES and self.modality == encoder_of(self.modality)
+                and all(type(n) is int and 0 < n <= 2**20 for n in sizes) and type(self.vocab) is int and self.vocab <= 2**20
+                and self.depth <= 1000 and self.width % self.heads == 0 and len(self.patch) == len(self.stride) == axes
+                and (axes == 0 and self.vocab > 0 if self.is_text else axes > 0 and 1 < self.tokens <= 2**16)
+                and self.activation in ACTIVATIONS and 0 < self.eps < 1 and 0 <= self.dropout < 1):
+            raise ValueError(f"no encoder has this row: {self}"[:400])
 
     @property
     def is_text(self):
@@ -303,6 +316,7 @@ class ImageBind(nn.Module):
 
     @classmethod
     def from_state(cls, state):
+        require_stored(state["weights"])
         with torch.device("meta"):  # no memory and no initialisation for weights replaced below
             model = cls([EncoderConfig(**row) for row in state["configs"]])
         model.load_state_dict(state["weights"], assign=True)
@@ -318,23 +332,70 @@ class ImageBind(nn.Module):
     def load(cls, path):
         """The model that `save` wrote, on the CPU. Raises ValueError for any other file."""
         try:
-            return cls.from_state(torch.load(path, map_location="cpu", weights_only=True))
+            return cls.from_state(read_checkpoint(path))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
         except Exception as error:
             raise ValueError(f"{path}: not a model.pt of this project ({type(error).__name__})") from error
 
 
+def read_checkpoint(path, mmap=False):
+    """What torch.save wrote, on the CPU: tensors and plain data, never code. Raises what torch.load does, or ValueError."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # PyTorch compresses nothing: such a file could grow a thousandfold
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("its contents are compressed, as no checkpoint's are")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def require_stored(tensors):
+    """ValueError if a tensor has more numbers than its file holds, as one number read again and again."""
+    for name, t in tensors.items():
+        if t.is_meta or t.nbytes > t.untyped_storage().nbytes():
+            raise ValueError(f"{name} claims a shape of {tuple(t.shape)}, more than is stored")
+
+
 def save_atomic(obj, path):
-    """torch.save beside the target, flushed to disk, then renamed: a kill leaves the old file whole."""
+    """torch.save beside the target, flushed to disk, then renamed: a kill or a full disk leaves the old file whole.
+
+    Raises OSError, which says how much space is needed, if there is too little.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(obj, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # a failed write reaches us as either
+        partial.unlink(missing_ok=True)
+        needed, free = saved_size(obj), shutil.disk_usage(path.parent).free
+        if getattr(error, "errno", None) == errno.ENOSPC or free < needed:
+            raise OSError(errno.ENOSPC, f"no space for {path}: it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are "
+                          "free; what was saved before is whole") from error
+        raise
     os.replace(partial, path)
+    if os.name == "posix":  # the new name, too, must outlast a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def saved_size(obj):
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(obj, torch.Tensor):
+        return obj.nbytes
+    parts = obj.values() if isinstance(obj, dict) else obj if isinstance(obj, (list, tuple)) else ()
+    return sum(map(saved_size, parts))
+
+
+def choose_device():
+    """CUDA (under torchrun, this process's own GPU), else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def count_parameters(module):

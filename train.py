@@ -15,13 +15,17 @@ import argparse
 import json
 import math
 import os
+import platform
+import random
 import signal
 import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -31,7 +35,7 @@ import evaluate
 from clip_weights import tokenizer
 from evaluate import RunError, UsageError
 from loss import MAX_LOGIT_SCALE, InfoNCE, processes
-from model import MODALITIES, ImageBind, encoder_of, preset, save_atomic
+from model import MODALITIES, ImageBind, choose_device, encoder_of, preset, read_checkpoint, save_atomic
 
 # The paper's settings by the modality that learns (appendix B, table 9); image and text as in CLIP;
 # "toy" for every pair of the toy world. Warm-up in epochs; a temperature of None is learned.
@@ -54,6 +58,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--pair", help="two of " + ", ".join(MODALITIES) + ", anchor first, joined by -; several pairs by commas")
     add("--data", default="toy", help="toy, a manifest (a CSV with a column for each modality), or NAME:ROOT")
+    add("--allow-outside", action="store_true", help="read files outside a manifest's folder, too")
     add("--eval-data", help="held-out data (default: the test split of toy and NAME:ROOT, else the training items)")
     add("--preset", choices=("tiny", "base", "huge"), help="sizes of new encoders (default: tiny for toy, else base)")
     add("--init", help="start from this run, model.pt, or released ImageBind file")
@@ -127,12 +132,14 @@ class Run:
     def __init__(self, folder):
         self.folder, self.main = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
 
-    def begin(self, args):
+    def begin(self, args, fingerprint):
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in LOGS:  # of an attempt that was stopped before its first checkpoint
             (self.folder / name).unlink(missing_ok=True)
-        config = vars(args) | {"command": sys.argv, "torch": torch.__version__}
-        (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        versions = {name: version(name) for name in ("torch", "torchaudio", "numpy", "pillow")}
+        config = vars(args) | {"command": sys.argv, "data_fingerprint": fingerprint,
+                               "versions": {"python": platform.python_version(), **versions}}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     def log(self, **event):
         self.append("log.jsonl", json.dumps(event))
@@ -162,19 +169,32 @@ class Run:
         """Everything to resume, and the model alone; a log line after this is forgotten on resume."""
         if self.main:
             sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
-            save_atomic({"model": model.state(), "sizes": sizes, **state}, self.folder / "state.pt")
-            model.save(self.folder / "model.pt")
+            try:
+                save_atomic({"model": model.state(), "sizes": sizes, **state}, self.folder / "state.pt")
+                model.save(self.folder / "model.pt")
+            except OSError as error:
+                raise RunError(f"{error.strerror}; make room, then go on with python train.py --resume {self.folder}") from None
 
     def load(self):
         """What `save` wrote, or None; cuts the logs back to that moment."""
         if not (self.folder / "state.pt").exists():
             return None
-        state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+        try:
+            state = read_checkpoint(self.folder / "state.pt")
+        except Exception as error:
+            raise UsageError(f"{self.folder / 'state.pt'}: damaged, or not of this program ({type(error).__name__})") from error
         if self.main:
             for name in LOGS:
                 if (self.folder / name).exists():
                     os.truncate(self.folder / name, state["sizes"].get(name, 0))
         return state
+
+    def require_data(self, fingerprint):
+        """UsageError if the data are not those that the run began with."""
+        began = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("data_fingerprint")
+        if began not in (None, fingerprint):
+            raise UsageError(f"--resume {self.folder}: the data have changed since the run began; with them, start a new run "
+                             f"from its weights: --init {self.folder}")
 
     def finished(self):
         """Whether the last thing this run logged is its final evaluation."""
@@ -358,7 +378,8 @@ def evaluate_run(args, run, model, pairs, step=None):
     modalities += [m for m in ("text", "image") if m not in modalities and m in model.encoders and m in source.columns]
     recall, zero, bad = evaluate.emergence(model, source, modalities, workers=args.workers, limit=None if held_out else 1000)
     figures = {"pair": ",".join("-".join(p) for p in pairs), "zeroshot_top1": zero, "retrieval_r1": recall,
-               "chance": 1 / len(source.classes) if source.classes else None, "held_out": held_out, "bad": len(bad)}
+               "chance": 1 / len(source.classes) if source.classes else None, "held_out": held_out,
+               "bad": len(bad), "absent": source.absent}
     if step is not None:
         run.log(event="eval", step=step, **figures, seconds=time.monotonic() - start)
     return modalities, figures
@@ -368,11 +389,11 @@ def evaluation_data(args):
     """What to evaluate on, and whether training does not see it: --eval-data, a test split, else the training items."""
     spec = args.eval_data or args.data
     try:
-        return data.open_data(spec, "test"), args.eval_data is not None or not Path(spec).is_file()
+        return data.open_data(spec, "test", args.allow_outside), args.eval_data is not None or not Path(spec).is_file()
     except data.DataError:
         if args.eval_data:
             raise
-        return data.open_data(spec), False
+        return data.open_data(spec, allow_outside=args.allow_outside), False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -401,7 +422,7 @@ def ignore_signals(worker):
 def open_source(args, pair, learner):
     if args.data == "toy":
         return data.ToyWorld(size=args.samples or TOY_SAMPLES[encoder_of(learner)])
-    source = data.open_data(args.data)
+    source = data.open_data(args.data, allow_outside=args.allow_outside)
     for modality in pair:
         if modality not in source.columns:
             raise UsageError(f"{args.data} has no column {modality}; its columns are {', '.join(source.header)}")
@@ -411,17 +432,10 @@ def open_source(args, pair, learner):
         if not cells[modality]:
             raise UsageError(f"{args.data}: the column {modality} is empty")
     for modality in pair:
-        if modality != "text" and not any((source.root / cell).exists() for cell in cells[modality]):
+        if modality != "text" and not any(source.locate(cell).exists() for cell in cells[modality]):
             raise UsageError(f"{args.data}: none of the first {len(cells[modality])} {modality} files exists, such as "
                              f"{source.root / cells[modality][0]}")
     return source
-
-
-def choose_device():
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("cuda")
-    return torch.device("cpu")
 
 
 def start_processes(device):
@@ -450,8 +464,19 @@ def initial_model(args, pairs, run):
     model = ImageBind([replace(preset(kind, m), embed_dim=width) for m in needed if m not in ready])
     model.encoders.update(ready)
     for other in given:
-        model.pairs |= other.pairs
+        kept = {pair for pair in other.pairs if all(same_encoder(other, ready, encoder_of(m)) for m in pair.split("-"))}
+        model.pairs |= {pair: other.pairs[pair] for pair in kept}
+        if lost := set(other.pairs) - kept:
+            run.say(f"{', '.join(sorted(lost))} of --init no longer count as trained: --clip brings another encoder")
     return model, set(ready)
+
+
+def same_encoder(model, ready, modality):
+    """Whether the new model has this one's encoder of a modality, or none."""
+    if modality not in ready or modality not in model.encoders:
+        return modality not in ready
+    ours, theirs = model.encoder(modality).state_dict(), ready[modality].state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def require_vocabulary(vocab):
@@ -475,8 +500,10 @@ def toy_anchor(args, run):
 def train(args, run):
     """Everything a run does, in its folder."""
     start, pairs = time.monotonic(), parse_pairs(args.pair)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # loader processes are seeded from torch's
+        seed(args.seed)
     for pair in pairs:  # before anything long: what could only fail after it
-        open_source(args, pair, pair[1])
+        source = open_source(args, pair, pair[1])
     columns = evaluation_data(args)[0].columns
     missing = [m for pair in pairs for m in pair if m not in columns]
     if missing:
@@ -484,13 +511,14 @@ def train(args, run):
     device = choose_device()
     start_state = run.load()
     if start_state:
+        run.require_data(source.fingerprint())
         model, ready = ImageBind.from_state(start_state["model"]), set(start_state["ready"])
     else:
         model, ready = initial_model(args, pairs, run)
         if "text" in model.encoders:
             require_vocabulary(model.encoder("text").config.vocab)
         if run.main:
-            run.begin(args)
+            run.begin(args, source.fingerprint())
     model.to(device)
     automatic = torch.bfloat16 if device.type == "cuda" else None
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}[args.amp]
@@ -515,6 +543,8 @@ def print_summary(run, model, modalities, figures, seconds):
             print(f"  {m:8} {accuracy:6.1%}   {kind}")
     print(f"\nretrieval on {where}:")
     evaluate.print_matrix(model, modalities, figures["retrieval_r1"])
+    if figures["bad"] or figures["absent"]:
+        print(f"\nleft out of these figures: {figures['bad']} items that cannot be read, {figures['absent']} that are absent")
     print(f"\n{run.folder}: model.pt, log.jsonl; {seconds:.0f} s")
 
 
@@ -525,8 +555,13 @@ def main():
         config = Path(args.resume) / "config.json"
         if not config.exists():
             raise UsageError(f"--resume {args.resume}: no run in this folder (no config.json)")
-        saved = json.loads(config.read_text())
+        try:
+            saved = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{config}: {error}") from None
         folder = Path(args.resume)
+        if linked := [path.name for path in folder.iterdir() if path.is_symlink()]:
+            raise UsageError(f"--resume {folder}: {linked[0]} is a link, and a run writes nowhere but in its folder")
         for key, value in saved.items():
             if hasattr(args, key):
                 setattr(args, key, value)

@@ -61,6 +61,18 @@ def test_depth_is_disparity_of_millimetres(tmp_path):
         assert x.shape == (1, 224, 224) and torch.allclose(x, torch.tensor((0.075 * 0.8 / 1.5 - 0.0418) / 0.0295), atol=1e-4)
 
 
+def test_the_bytes_of_a_file_stand_for_its_path(tmp_path):
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 100
+    Image.fromarray((grey // 100).astype(np.uint8)).save(tmp_path / "image.jpg")
+    Image.fromarray(grey).save(tmp_path / "depth.png")
+    Image.fromarray(grey).save(tmp_path / "thermal.png")
+    write_wav(tmp_path / "audio.wav", np.sin(np.arange(4000) / 9)[:, None], 16000, 16)
+    np.save(tmp_path / "imu.npy", np.random.default_rng(0).normal(size=(6, 50)))
+    (tmp_path / "imu.csv").write_text("a,b,c,d,e,f\n" + "1,2,3,4,5,6\n" * 9)
+    for path in tmp_path.iterdir():
+        assert torch.equal(load(path.stem, path), load(path.stem, path.read_bytes())), path
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "colour.png")
     np.save(tmp_path / "three.npy", np.zeros((3, 100)))

@@ -83,12 +83,19 @@ def test_a_linear_probe_is_at_the_optimum_of_its_loss():
 # Commands, on a model that was never trained
 
 
+def save_model(seed):
+    """A model that says it was trained, so that it is asked."""
+    torch.manual_seed(seed)
+    model = ImageBind([preset("tiny", m) for m in ("image", "text", "audio")])
+    model.pairs = {"image-text": 10.0, "image-audio": 10.0}
+    model.save("model.pt")
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     """Runs evaluate.py's command line in this process; returns what --json holds."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    ImageBind([preset("tiny", m) for m in ("image", "text", "audio")]).save("model.pt")
+    save_model(seed=0)
 
     def call(*options):
         always = ("--checkpoint", "model.pt", "--workers", "0", "--json", "out.json")
@@ -166,8 +173,7 @@ def test_suite_goes_on_where_it_stopped(call, tmp_path, monkeypatch):
     rows = {row["column"]: row for row in first["table"]}
     assert rows["ESC"]["items"] == 8 and rows["ESC"]["published"] == 66.9 and rows["AS-A mAP"]["note"] == "absent"
     assert len(first["table"]) == 15 and "| ESC | " in (tmp_path / "table.md").read_text()
-    torch.manual_seed(1)
-    ImageBind([preset("tiny", m) for m in ("image", "text", "audio")]).save("model.pt")  # other weights
+    save_model(seed=1)  # other weights
     with pytest.raises(pytest.fail.Exception):
         call(*options)
 
