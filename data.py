@@ -15,8 +15,10 @@ that the encoder of a given config reads.
 """
 
 import csv
+import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -599,6 +601,9 @@ class ToyWorld:
     def __len__(self):
         return self.size
 
+    def indices(self):
+        return range(self.size)
+
     def rng(self, index, purpose):
         return np.random.default_rng([self.seed, self.split == "test", index, purpose])
 
@@ -795,6 +800,9 @@ class Table:
                 digest.update(chunk)
         return digest.hexdigest()
 
+    def indices(self):
+        return range(len(self))
+
     def _open(self):
         return open(self.path, "rb") if self.content is None else io.BytesIO(self.content)
 
@@ -840,27 +848,34 @@ class Table:
             keys = {"depth": ("baseline", "focal_length", "sunrgbd"), "audio": ("start", "seconds")}.get(modality, ())
             return cut(READERS[modality](self.locate(cell), **{k: float(row[k]) for k in keys if row.get(k)}), modality, row)
 
+    def rows(self):
+        """Every row in order, as `row` gives it; by one pass over the file, 20 times as fast."""
+        with self._open() as file:
+            lines = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+            next(lines)
+            yield from (dict.fromkeys(self.header, "") | dict(zip(self.header, cells)) for cells in lines)
+
     @cached_property
     def names_by_label(self):
-        rows = (self._labels(i) for i in range(len(self))) if {"label", "labels"} & set(self.header) else ()
-        return {label: label for label in sorted({label for labels in rows for label in labels})}
+        rows = self.rows() if {"label", "labels"} & set(self.header) else ()
+        labels = {label for row in rows for label in self._labels(row)}
+        return {label: label for label in sorted(labels, key=lambda x: (int(x) if x.isdecimal() else -1, x))}
 
     @property
     def classes(self):
-        """Class names in order, by default the sorted labels; empty without a label column."""
+        """Class names in order, by default the sorted labels, numbers as such; empty without a label column."""
         return list(self.names_by_label.values())
 
     @cached_property
     def _class_of(self):
         return {label: i for i, label in enumerate(self.names_by_label)}
 
-    def _labels(self, index):
-        row = self.row(index)
+    def _labels(self, row):
         return [part for part in (row["labels"].split("|") if self.multi_label else [row.get("label", "")]) if part]
 
     def labels(self, index):
         """All classes of an item, as indices."""
-        return [self._class_of[label] for label in self._labels(index) if label in self._class_of]
+        return [self._class_of[label] for label in self._labels(self.row(index)) if label in self._class_of]
 
     def label(self, index):
         """The (first) class of an item, -1 if it has none."""
@@ -869,17 +884,17 @@ class Table:
     @cached_property
     def _items(self):
         first = {}
-        return [first.setdefault(self.row(i)["item"], i) for i in range(len(self))]
+        return np.array([first.setdefault(row["item"], i) for i, row in enumerate(self.rows())])
 
     def item(self, index):
         """Index of the first row of the item that this row is about."""
-        return self._items[index] if "item" in self.header else index
+        return int(self._items[index]) if "item" in self.header else index
 
 
 def row_offsets(file):
     """Byte offset of every CSV row of a binary file and of its end: newlines inside quotes do not end a row."""
     found, at, quotes = [np.zeros(1, np.int64)], 0, 0
-    while chunk := file.read(1 << 22):
+    while chunk := file.read(1 << 20):
         content = np.frombuffer(chunk, np.uint8)
         inside = (quotes + np.cumsum(content == ord('"'))) % 2
         found.append(np.flatnonzero((content == ord("\n")) & (inside == 0)) + at + 1)
@@ -930,6 +945,196 @@ def imu_window(path, start, seconds):
             rows.append([float(cells[c]) for c in columns if cells[c].strip()])
             row = file.readline()
     return [row for row in rows if len(row) == 6]
+
+
+# ---------------------------------------------------------------------------------------------
+# Tar shards in the WebDataset convention (https://github.com/webdataset/webdataset)
+
+COLUMN_OF = {"jpg": "image", "jpeg": "image", "png": "image", "wav": "audio", "flac": "audio", "mp3": "audio", "ogg": "audio",
+             "mp4": "video", "txt": "text", "depth.png": "depth", "thermal.png": "thermal", "imu.npy": "imu", "cls": "label"}
+TAR_END = 1024 + 10240  # bytes at most that end a tar: two blocks of zeros, filled up to a record
+COUNTED = 16  # shards whose samples are counted to know the size of an epoch
+BUFFER = 4096  # samples that a shuffled stream chooses from
+SHARD = 2**40  # index of a sample: this times its shard's number, and the byte where it begins
+
+
+def shard_paths(spec):
+    """Paths that a spec ending in .tar names: one, a range in braces as as-{0000..0999}.tar, or a glob."""
+    names = [spec]
+    while span := re.search(r"\{(\d+)\.\.(\d+)\}", names[0]):
+        numbers = [f"{n:0{len(span[1])}}" for n in range(int(span[1]), int(span[2]) + 1)]
+        names = [name.replace(span[0], number, 1) for name in names for number in numbers]
+    return [path for name in names for path in (sorted(glob.glob(name)) or [name])]
+
+
+def tar_number(field):
+    """A number of a tar header: octal digits, or binary after a byte of 0x80."""
+    return int.from_bytes(field[1:], "big") if field[:1] == b"\x80" else int(field.strip(b" \0") or b"0", 8)
+
+
+def tar_files(file):
+    """(byte where it begins, byte of its content, size, name) of each plain file of a tar, from where the file stands.
+
+    Only headers are read. Links, folders and devices are passed over, and a name is only a name: nothing
+    is ever written. Where the tar is damaged or cut off the name is None, and it ends. The standard
+    library's tarfile reads the same, a member in 27 microseconds instead of 6.
+    """
+    begin = at = file.tell()
+    end, name = os.fstat(file.fileno()).st_size, b""
+    while True:
+        file.seek(at)
+        header = file.read(512)
+        if header == bytes(512) and end - at <= TAR_END:
+            return
+        try:
+            size, checksum = tar_number(header[124:136]), tar_number(header[148:156])
+        except ValueError:
+            checksum = -1
+        if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" ") or at + 512 + size > end:
+            yield at, at, 0, None
+            return
+        kind, at = header[156:157], at + 512
+        if kind == b"L":  # a long name for the next header: GNU's way, and POSIX's
+            name = file.read(min(size, 4096))
+        elif kind == b"x":
+            name = b"".join(re.findall(rb"\d+ path=([^\n]*)\n", file.read(min(size, 2**16)))[-1:])
+        elif kind in b"0\0":
+            prefix = header[345:500].rstrip(b"\0") + b"/" if header[257:263] == b"ustar\0" else b""
+            yield begin, at, size, (name or prefix + header[:100]).rstrip(b"\0").decode(errors="replace")
+        at += -(-size // 512) * 512
+        if kind not in b"xL":
+            begin, name = at, b""
+
+
+def tar_samples(file):
+    """(byte where it begins, stem, {column: (byte, size)}) of each sample of a tar; a stem of None where it is damaged."""
+    begin, stem, columns = file.tell(), None, {}
+    for first, at, size, name in tar_files(file):
+        folder, _, base = (name or "").rpartition("/")
+        base, _, ending = base.partition(".")
+        own = None if name is None else f"{folder}/{base}".lstrip("/")
+        if own != stem:
+            if columns:
+                yield begin, stem, columns
+            begin, stem, columns = first, own, {}
+        column = "damage" if name is None else COLUMN_OF.get(ending.lower())
+        if column:
+            columns.setdefault(column, (at, size))
+    if columns:
+        yield begin, stem, columns
+
+
+def shuffled(indices, rng):
+    """A stream in random order through a buffer: whoever comes in takes the place of one that goes out."""
+    buffer = list(itertools.islice(indices, BUFFER))
+    for index in indices:
+        place = int(rng.integers(BUFFER))
+        buffer[place], index = index, buffer[place]
+        yield index
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+class Shards(Table):
+    """Samples of tar files: files of one sample follow each other and share a stem, the ending says the column.
+
+    A sample's index is where it begins, so nothing is kept of the others: training walks over the
+    headers of the shards and reads what it draws. `size` of an epoch, if not given: counted over all
+    of up to 16 shards, else estimated from 16 of them and the bytes of all.
+    """
+
+    multi_label, absent = False, 0
+
+    def __init__(self, paths, size=None):
+        self.paths, self.last = [Path(path) for path in paths], (None, None)
+        missing = [path for path in self.paths if not path.is_file()]
+        if missing:
+            raise DataError(f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} are missing)")
+        counted = range(0, len(paths), -(-len(paths) // COUNTED))
+        seen = [self.summary(shard) for shard in counted[: 1 if size else None]]
+        share = sum(self.paths[shard].stat().st_size for shard in counted) / sum(path.stat().st_size for path in self.paths)
+        self.size = size or round(sum(count for count, _ in seen) / max(share, 1e-9))
+        self.header = sorted(set().union(*(columns for _, columns in seen)) - {"damage"})
+        self.columns = [m for m in MODALITIES if m in self.header]
+        if not self.columns:
+            raise DataError(f"{paths[0]}: no samples in it; files of a sample are STEM.ENDING with {', '.join(COLUMN_OF)}")
+
+    def __len__(self):
+        return self.size
+
+    def summary(self, shard):
+        """Number of samples of a shard, and their columns."""
+        count, columns = 0, set()
+        with open(self.paths[shard], "rb") as file:
+            for count, (_, _, found) in enumerate(tar_samples(file), 1):
+                columns |= found.keys()
+        return count, columns | ({"audio"} if "video" in columns else set())
+
+    def indices(self, shards=None):
+        """Of all samples of these shards, in their order; and where a shard is damaged."""
+        for shard in range(len(self.paths)) if shards is None else shards:
+            with open(self.paths[shard], "rb") as file:
+                yield from (int(shard) * SHARD + begin for begin, _, _ in tar_samples(file))
+
+    def training_indices(self, seed, start, rank, world):
+        """This process's part in random order, pass after pass without end, `start` samples passed over.
+
+        A process owns every world-th shard, or if there are too few, every world-th sample. Passing over
+        reads headers: of all own shards once to count them, then of the pass in which it ends.
+        """
+        few = len(self.paths) < world
+        own, count = np.arange(len(self.paths))[slice(None) if few else slice(rank, None, world)], None
+        for number in itertools.count():
+            if start and count is None:
+                count = sum(self.summary(shard)[0] for shard in own)
+                count = len(range(rank, count, world)) if few else count
+            if count and start >= count:
+                start -= count
+                continue
+            rng = np.random.default_rng([seed, number])
+            indices = self.indices(rng.permutation(own))
+            indices = shuffled(itertools.islice(indices, rank, None, world) if few else indices, rng)
+            first = next(itertools.islice(indices, start, None), None)
+            if first is None:
+                raise DataError(f"{self.paths[0].name}: fewer samples than processes")
+            yield from itertools.chain([first], indices)
+            start = 0
+
+    def sample(self, index):
+        """Stem and members of a sample; DataError at a damaged place."""
+        if self.last[0] != index:
+            with open(self.paths[index // SHARD], "rb") as file:
+                file.seek(index % SHARD)
+                _, stem, columns = next(tar_samples(file))
+            if "video" in columns:
+                columns.setdefault("audio", columns["video"])
+            self.last = index, (stem, columns)
+        return self.last[1]
+
+    def content(self, index, column):
+        stem, columns = self.sample(index)
+        if stem is None:
+            raise DataError(f"damaged or cut off at byte {index % SHARD:,}; what follows in it is left out")
+        if column not in columns:
+            raise DataError(f"no {column} in it")
+        with open(self.paths[index // SHARD], "rb") as file:
+            file.seek(columns[column][0])
+            return file.read(columns[column][1])
+
+    def name(self, index):
+        return f"{self.paths[index // SHARD].name}:{self.sample(index)[0] or 'damaged'}"
+
+    def row(self, index):
+        """By column: the text and the label, the name of everything else."""
+        return {column: self.content(index, column).decode(errors="replace").strip() if column in ("text", "label")
+                else self.name(index) for column in self.sample(index)[1]}
+
+    def rows(self):
+        return (self.row(index) for index in self.indices())
+
+    def read(self, index, modality):
+        content = self.content(index, modality)
+        return read_text(content.decode()) if modality == "text" else READERS[modality](content)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1210,6 +1415,7 @@ DATASETS = {
 }
 
 
+@lru_cache(maxsize=4)  # a run asks for it when it checks, when it trains and when it evaluates
 def open_dataset(name, root, split):
     """The rows of one of DATASETS as a Table in memory: as the bytes of a CSV, not as millions of dicts."""
     content, header, labels, absent = io.BytesIO(), {}, set(), 0
@@ -1233,18 +1439,22 @@ def open_dataset(name, root, split):
     return Table(Path(root) / name, ",".join(header).encode() + b"\n" + content.getvalue(), classes, absent)
 
 
-def open_data(spec, split="train", allow_outside=False):
-    """The source that --data names: "toy", the path of a manifest, or NAME:ROOT (DATASETS). Raises DataError.
+def open_data(spec, split="train", size=None, allow_outside=False):
+    """The source that --data names: "toy", a manifest, shards, or NAME:ROOT (DATASETS). Raises DataError.
 
-    allow_outside: a manifest's files may lie anywhere on the disk (see Table)."""
+    size: samples in an epoch of shards, where it is known. allow_outside: a manifest's files may lie anywhere
+    on the disk (see Table).
+    """
     if spec == "toy":
         return ToyWorld(split) if split == "train" else ToyWorld("test", size=8 * len(CONCEPTS))
     name, _, root = spec.partition(":")
     if root and name.lower() in DATASETS:
         return open_dataset(name.lower(), root, split)
+    if spec.endswith(".tar"):
+        return Shards(shard_paths(spec), size)
     if not Path(spec).is_file():
-        raise DataError(f"{spec}: no such manifest; --data takes toy, the path of a CSV, or NAME:ROOT with NAME one of "
-                        f"{', '.join(DATASETS)}")
+        raise DataError(f"{spec}: no such manifest; --data takes toy, the path of a CSV, shards ending in .tar, or NAME:ROOT "
+                        f"with NAME one of {', '.join(DATASETS)}")
     return Table(spec, allow_outside=allow_outside)
 
 
@@ -1291,13 +1501,19 @@ def collate(samples):
     return batch, [s for s in samples if isinstance(s, Bad)]
 
 
-def draws(size, batch_size, epochs, replicate=1.0, seed=0, start=0, rank=0, world=1):
+def draws(source, batch_size, epochs, replicate=1.0, seed=0, start=0, rank=0, world=1):
     """Keys of training batches for Samples: each epoch, `replicate` times every item in random order.
 
-    A process takes every world-th item of each global batch. `start` batches are passed over,
-    which is how a run resumes. Incomplete batches are left out.
+    A process takes every world-th item of each global batch; of shards, as many of its own.
+    `start` batches are passed over, which is how a run resumes. Incomplete batches are left out.
     """
+    size = len(source)
     per_epoch = int(size * replicate)
+    if isinstance(source, Shards):
+        indices = source.training_indices(seed, start * len(range(rank, batch_size, world)), rank, world)
+        for batch in range(start, epochs * (per_epoch // batch_size)):
+            yield list(zip(range(batch * batch_size + rank, (batch + 1) * batch_size, world), indices))
+        return
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
         order = np.concatenate([rng.permutation(size) for _ in range(math.ceil(replicate))])[:per_epoch]
@@ -1341,13 +1557,13 @@ def show_data(spec):
         except DataError as error:
             failed.append(error)
             continue
-        items = len({source.item(i) for i in range(len(source))})
+        items, first = len({source.item(i) for i in source.indices()}), next(iter(source.indices()))
         print(f"{split}: {items} items in {len(source)} rows, {source.absent} absent; {', '.join(source.columns)}; "
               f"{len(source.classes)} classes" + (": " if source.classes else "") + "; ".join(source.classes))
-        print("  a sample:", {key: value for key, value in source.row(0).items() if value})
+        print("  a sample:", {key: value for key, value in source.row(first).items() if value})
         for modality in (m for m in source.columns if m != "text"):
             try:
-                tensor = transform(modality, source.read(0, modality), preset("huge", modality), None, None)
+                tensor = transform(modality, source.read(first, modality), preset("huge", modality), None, None)
                 print(f"  its {modality}: {tuple(tensor.shape)}, {tensor.min():.2f} to {tensor.max():.2f}")
             except DataError as error:
                 print(f"  its {modality} cannot be read: {error}")

@@ -85,7 +85,7 @@ def embed_items(model, source, modality, batch_size=64, workers=0, limit=None):
     Rows of one item differ in their text alone: anything else of them is embedded once.
     """
     samples = data.Samples(source, {modality: model.encoder(modality).config})
-    order = [i for i in range(min(len(source), limit or len(source))) if modality == "text" or source.item(i) == i]
+    order = [i for i in itertools.islice(source.indices(), limit) if modality == "text" or source.item(i) == i]
     loader = torch.utils.data.DataLoader(samples, batch_size, sampler=order, num_workers=workers, collate_fn=data.collate)
     embeddings, indices, bad = [], [], []
     for batch, unread in tqdm(loader, desc=f"embedding {modality}", leave=False, disable=None):
@@ -656,7 +656,7 @@ def main():
                          "a CLIP or ImageBind file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
         sub.add_argument("--heads", type=parse_heads, help="attention heads where the file does not say: image=16,text=12")
         if function not in (compare, suite):
-            sub.add_argument("--data", default="toy", help="toy, a manifest (CSV), or NAME:ROOT: " + ", ".join(data.DATASETS))
+            sub.add_argument("--data", default="toy", help="toy, a manifest (CSV), tar shards, or NAME:ROOT: " + ", ".join(data.DATASETS))
             sub.add_argument("--allow-outside", action="store_true", help="read files outside a manifest's folder, too")
         if function is not compare:
             sub.add_argument("--batch-size", type=int, default=64)
@@ -686,7 +686,7 @@ def main():
         add["compare"](f"--{modality}", nargs="+", metavar="TEXT" if modality == "text" else "FILE")
     args = parser.parse_args()
     model = load_model(args.checkpoint, args.heads).to(choose_device())
-    source = data.open_data(args.data, "test", args.allow_outside) if "data" in args else None
+    source = data.open_data(args.data, "test", allow_outside=args.allow_outside) if "data" in args else None
     result = args.function(args, model, source)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ The anchor is the first of the pair that already has weights (the toy anchor, or
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -57,7 +58,7 @@ def parse_args(argv=None):
     parser = evaluate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pair", help="two of " + ", ".join(MODALITIES) + ", anchor first, joined by -; several pairs by commas")
-    add("--data", default="toy", help="toy, a manifest (a CSV with a column for each modality), or NAME:ROOT")
+    add("--data", default="toy", help="toy, a manifest (a CSV with a column for each modality), tar shards, or NAME:ROOT")
     add("--allow-outside", action="store_true", help="read files outside a manifest's folder, too")
     add("--eval-data", help="held-out data (default: the test split of toy and NAME:ROOT, else the training items)")
     add("--preset", choices=("tiny", "base", "huge"), help="sizes of new encoders (default: tiny for toy, else base)")
@@ -72,7 +73,7 @@ def parse_args(argv=None):
         add(f"--{name}", type=kind, help="default: SETTINGS, in epochs" if name == "warmup" else "default: SETTINGS")
     add("--temperature", help="a fixed temperature, or 'learned' (default: SETTINGS)")
     add("--steps", type=int, help="stop the schedule after this many steps instead of whole epochs")
-    add("--samples", type=int, help="size of the toy world")
+    add("--samples", type=int, help="size of the toy world, or of an epoch of shards")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA, off on the CPU")
     add("--compile", action="store_true", help="torch.compile the encoders")
     add("--eval-every", type=int, default=0, help="evaluate on held-out data every so many steps")
@@ -288,7 +289,7 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
         for part, saved in ((criterion, "criterion"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[saved])
     rank = dist.get_rank() if processes() > 1 else 0
-    keys = data.draws(len(source), row["batch_size"], row["steps"] // row["steps_per_epoch"] + 1, row["replicate"],
+    keys = data.draws(source, row["batch_size"], row["steps"] // row["steps_per_epoch"] + 1, row["replicate"],
                       args.seed, start=step, rank=rank, world=processes())
     samples = data.Samples(source, {m: model.encoder(m).config for m in pair}, args.seed)
     loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=args.workers,
@@ -389,11 +390,14 @@ def evaluation_data(args):
     """What to evaluate on, and whether training does not see it: --eval-data, a test split, else the training items."""
     spec = args.eval_data or args.data
     try:
-        return data.open_data(spec, "test", args.allow_outside), args.eval_data is not None or not Path(spec).is_file()
+        source = data.open_data(spec, "test", allow_outside=args.allow_outside)
     except data.DataError:
         if args.eval_data:
             raise
         return data.open_data(spec, allow_outside=args.allow_outside), False
+    if isinstance(source, data.Shards) and not args.eval_data:
+        return data.Shards(source.paths[:1]), False
+    return source, args.eval_data is not None or not Path(spec).is_file()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -422,16 +426,16 @@ def ignore_signals(worker):
 def open_source(args, pair, learner):
     if args.data == "toy":
         return data.ToyWorld(size=args.samples or TOY_SAMPLES[encoder_of(learner)])
-    source = data.open_data(args.data, allow_outside=args.allow_outside)
+    source = data.open_data(args.data, size=args.samples, allow_outside=args.allow_outside)
     for modality in pair:
         if modality not in source.columns:
             raise UsageError(f"{args.data} has no column {modality}; its columns are {', '.join(source.header)}")
-    first = [source.row(i) for i in range(min(len(source), 20))]
-    cells = {m: [row[m].strip() for row in first if row[m].strip()] for m in pair}
+    first = [source.row(i) for i in itertools.islice(source.indices(), 20)]
+    cells = {m: [row[m].strip() for row in first if row.get(m, "").strip()] for m in pair}
     for modality in pair:
         if not cells[modality]:
             raise UsageError(f"{args.data}: the column {modality} is empty")
-    for modality in pair:
+    for modality in pair if not isinstance(source, data.Shards) else ():
         if modality != "text" and not any(source.locate(cell).exists() for cell in cells[modality]):
             raise UsageError(f"{args.data}: none of the first {len(cells[modality])} {modality} files exists, such as "
                              f"{source.root / cells[modality][0]}")

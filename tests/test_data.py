@@ -1,6 +1,8 @@
 """From a file to a tensor: units, alignment and order are what they are said to be."""
 
+import io
 import struct
+import tarfile
 
 import numpy as np
 import pytest
@@ -124,10 +126,79 @@ def test_a_missing_file_is_bad_and_never_replaced(tmp_path):
     assert batch is None and bad[0].name == "m.csv:1" and "none.png" in bad[0].reason
 
 
+def write_shards(folder, sizes, **files):
+    """Tars s-0.tar, ... of so many samples each, with a picture, a text and a class, and whatever else is given."""
+    world, number = ToyWorld(size=sum(sizes)), 0
+    for shard, size in enumerate(sizes):
+        with tarfile.open(folder / f"s-{shard}.tar", "w") as tar:
+            for number in range(number, number + size):
+                picture = io.BytesIO()
+                Image.fromarray(world.read(number, "image")).save(picture, "png")
+                text, label = world.read(number, "text").encode(), str(world.label(number)).encode()
+                for ending, content in {"png": picture.getvalue(), "txt": text, "cls": label, **files}.items():
+                    member = tarfile.TarInfo(f"{number:04d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+            number += 1
+    return f"{folder}/s-{{0..{len(sizes) - 1}}}.tar"
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_shard_holds_what_its_files_hold_and_a_name_is_only_a_name(tmp_path, form):
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 100).save(tmp_path / "depth.png")
+    write_wav(tmp_path / "wav", np.sin(np.arange(4000) / 9)[:, None], 16000, 16)
+    (tmp_path / "txt").write_text("a dog")
+    stems = ["/absolute", "../../up", "a" * 60 + "/" + "b" * 80, "c" * (90 if form == tarfile.USTAR_FORMAT else 300)]
+    with tarfile.open(tmp_path / "s.tar", "w", format=form) as tar:
+        for stem in stems:
+            for ending in ("depth.png", "wav", "txt"):
+                member = tarfile.TarInfo(f"{stem}.{ending}")
+                member.size, member.mtime = (tmp_path / ending).stat().st_size, 1.5
+                tar.addfile(member, open(tmp_path / ending, "rb"))
+            link = tarfile.TarInfo(f"{stem}.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+    before, shards = sorted(tmp_path.rglob("*")), data.open_data(str(tmp_path / "s.tar"))
+    assert len(shards) == 4 and shards.columns == ["text", "audio", "depth"]
+    for index, stem in zip(shards.indices(), stems, strict=True):
+        assert shards.name(index) == f"s.tar:{stem.lstrip('/')}" and shards.read(index, "text") == "a dog"
+        assert torch.equal(shards.read(index, "audio"), data.read_audio(tmp_path / "wav"))
+        assert np.array_equal(shards.read(index, "depth"), data.read_depth(tmp_path / "depth.png"))
+        with pytest.raises(DataError, match="no image"):
+            shards.read(index, "image")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_shard_is_named_and_the_others_go_on(tmp_path):
+    shards = data.open_data(write_shards(tmp_path, [5, 5, 5, 5]))
+    size, whole = list(shards.indices([1]))[3] % data.SHARD, (tmp_path / "s-1.tar").read_bytes()
+    (tmp_path / "s-1.tar").write_bytes(whole[: size + 600])  # cut off in the fourth picture
+    (tmp_path / "s-2.tar").write_bytes(whole[:size] + b"\xff" * 512 + whole[size + 512 :])  # a damaged header
+    (tmp_path / "s-3.tar").write_bytes(whole[:size] + bytes(len(whole)))  # zeros, as after a crash
+    samples = [Samples(shards, {"text": TINY["text"]})[i] for i in shards.indices()]
+    bad = [s for s in samples if isinstance(s, data.Bad)]
+    assert [b.name for b in bad] == [f"s-{i}.tar:damaged" for i in (1, 2, 3)] and f"byte {size:,}" in bad[0].reason
+    assert len(samples) - len(bad) == 5 + 3 * 3
+
+
+def test_shards_are_drawn_in_parts_and_go_on_where_they_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BUFFER", 4)
+    shards = data.open_data(write_shards(tmp_path, [7, 5, 9]))
+    assert len(shards) == 21 and shards.classes == [str(c) for c in sorted({ToyWorld().label(i) for i in range(21)})]
+    for world in (1, 3, 4):  # 4: fewer shards than processes
+        parts = [list(draws(shards, 12, epochs=9, seed=1, rank=r, world=world)) for r in range(world)]
+        seen = [[index for batch in part for _, index in batch] for part in parts]
+        passes = [seen[r][:n] for r, n in enumerate({1: [21], 3: [7, 5, 9], 4: [6, 5, 5, 5]}[world])]
+        assert sorted(sum(passes, [])) == list(shards.indices()) != sum(passes, [])
+        assert len({draw for part in parts for batch in part for draw, _ in batch}) == 9 * 12
+        for start in (1, 4, 8):
+            assert list(draws(shards, 12, 9, seed=1, start=start, rank=world - 1, world=world)) == parts[-1][start:]
+
+
 def test_processes_and_resumed_runs_draw_the_same_batches():
-    whole = list(draws(10, 4, epochs=3, replicate=1.5, seed=1))
+    whole = list(draws(range(10), 4, epochs=3, replicate=1.5, seed=1))
     assert len(whole) == 9 and sorted(i for b in whole[:3] for _, i in b).count(0) <= 2
-    assert list(draws(10, 4, 3, 1.5, 1, start=5)) == whole[5:]
-    parts = [list(draws(10, 4, 3, 1.5, 1, rank=r, world=2)) for r in range(2)]
+    assert list(draws(range(10), 4, 3, 1.5, 1, start=5)) == whole[5:]
+    parts = [list(draws(range(10), 4, 3, 1.5, 1, rank=r, world=2)) for r in range(2)]
     assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(b) for b in whole]
     assert len({draw for batch in whole for draw, _ in batch}) == 36  # every draw its own augmentation

@@ -1,13 +1,16 @@
 """What training does: it binds by images alone, resumes exactly, and stops with a reason."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from test_data import write_shards
 
 import data
 import evaluate
@@ -46,9 +49,15 @@ def test_sound_and_text_agree_though_only_images_were_heard(run, monkeypatch, tm
     assert shuffled["zeroshot_top1"]["audio"] < 0.06 and shuffled["chance"] == 1 / 64
 
 
-@pytest.mark.parametrize("amp,workers", [("off", 0), ("bf16", 2)])
-def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, amp, workers):
+@pytest.mark.parametrize("source,amp,workers", [
+    ("toy", "off", 0), ("toy", "bf16", 2), ("shards", "off", 0), ("shards", "off", 2)])
+def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, source, amp, workers):
     options = ["--pair", "image-imu", "--steps", 8, "--amp", amp, "--workers", workers]
+    if source == "shards":
+        imu = io.BytesIO()
+        np.save(imu, data.ToyWorld().read(0, "imu"))
+        spec = write_shards(tmp_path, [20, 30], **{"imu.npy": imu.getvalue()})
+        options += ["--data", spec, "--batch-size", 16, "--init", train.TOY_ANCHOR, "--preset", "tiny"]
     whole = run(*options, out=tmp_path / "whole")
     take_step, count = train.take_step, 0
 

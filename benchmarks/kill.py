@@ -1,0 +1,149 @@
+"""Kills runs with SIGKILL at random moments, resumes them, and compares with a run that was left alone.
+
+    python benchmarks/kill.py                # every case, 20 kills each
+    python benchmarks/kill.py workers suite  # these cases
+
+Every other kill waits until a file is just being written. A case holds if what the last resume
+leaves (weights, log, results) is what the run left alone left, bit for bit; its steps save each time.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+from model import ImageBind, preset  # noqa: E402
+
+TRAIN = ["train.py", "--pair", "image-imu", "--steps", "12", "--batch-size", "16", "--save-every", "0"]
+CASES = {  # name -> options beside TRAIN
+    "plain": ["--samples", "160", "--workers", "0", "--amp", "off"],
+    "workers": ["--samples", "160", "--workers", "2", "--amp", "bf16"],
+    "manifest": ["--data", "pairs.csv", "--preset", "tiny", "--init", "anchor.pt", "--workers", "2", "--amp", "off"],
+    "suite": None,  # evaluate.py suite
+}
+
+
+def prepare(folder):
+    """What the cases read: an anchor, a manifest of 160 toy samples, and a small ESC-50 and AudioCaps in sets/."""
+    world = data.ToyWorld(size=160)
+    torch.manual_seed(0)
+    ImageBind([preset("tiny", m) for m in ("image", "text", "audio")]).save(folder / "anchor.pt")
+    rows = ["image,imu,text"]
+    for i in range(len(world)):
+        data.Image.fromarray(world.read(i, "image")).save(folder / f"{i}.png")
+        data.np.save(folder / f"{i}.npy", world.read(i, "imu"))
+        rows.append(f"{i}.png,{i}.npy,{world.read(i, 'text')}")
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    esc, caps = folder / "sets/ESC-50", folder / "sets/AudioCaps"
+    for path in (esc / "meta", esc / "audio", caps / "audio"):
+        path.mkdir(parents=True)
+    sound = b"RIFF\x24\xfa\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x80\x3e\0\0\0\x7d\0\0\2\0\x10\0data\0\xfa\0\0"
+    lines = {esc / "meta/esc50.csv": ["filename,fold,target,category,esc10,src_file,take"],
+             caps / "test.csv": ["audiocap_id,youtube_id,start_time,caption"]}
+    for i in range(200):
+        wave = (data.np.sin(data.np.arange(32000) * (0.01 + i / 500)) * 9000).astype("<i2").tobytes()
+        (esc / f"audio/{i}.wav").write_bytes(sound + wave)
+        (caps / f"audio/{i}.wav").write_bytes(sound + wave)
+        lines[esc / "meta/esc50.csv"].append(f"{i}.wav,{i % 5 + 1},0,{data.CONCEPTS[i % 64][1]},False,1,A")
+        lines[caps / "test.csv"].append(f"{i},{i},0,{world.read(i % 160, 'text')}")
+    for path, content in lines.items():
+        path.write_text("\n".join(content) + "\n")
+
+
+def command_of(case, out):
+    """The command that starts, or goes on with, a case in the folder `out`."""
+    if CASES[case] is None:
+        return ["evaluate.py", "suite", "--root", "sets", "--checkpoint", "anchor.pt", "--workers", "0", "--out", str(out),
+                "--json", str(out / "table.json")]
+    if (out / "config.json").exists():
+        return ["train.py", "--resume", str(out)]
+    return [*TRAIN, *CASES[case], "--out", str(out)]
+
+
+def start(case, out, folder):
+    out.mkdir(exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of many threads, sums could differ from one run to the next
+    return subprocess.Popen([sys.executable, str(ROOT / command_of(case, out)[0]), *command_of(case, out)[1:]], cwd=folder,
+                            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(case, out, folder):
+    process = start(case, out, folder)
+    _, errors = process.communicate()
+    if process.returncode:
+        sys.exit(f"{case}: the resumed command ended with status {process.returncode}: {errors[-500:]}")
+    return result(out)
+
+
+def result(out):
+    """All that a finished case leaves, without what tells the time."""
+    if (out / "table.json").exists():
+        return json.loads((out / "table.json").read_text())
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    weights = torch.load(out / "model.pt", weights_only=True)["weights"]
+    return [e | {"seconds": None} for e in events], {name: t.numpy().tobytes() for name, t in weights.items()}
+
+
+def kill_once(case, out, folder, seconds, wait_for_write):
+    """Kills the case after `seconds`, or at the next write after that. False if it had ended before."""
+    process, end = start(case, out, folder), time.monotonic() + seconds
+    while process.poll() is None:
+        if time.monotonic() > end and (not wait_for_write or any(out.rglob("*.partial*"))):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return True
+        time.sleep(0.0005 if wait_for_write else 0.01)
+    process.communicate()
+    return False
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if set(args.cases) - set(CASES):
+        parser.error(f"cases are {', '.join(CASES)}")
+    random.seed(args.seed)
+    failed = False
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        prepare(folder)
+        subprocess.run([sys.executable, ROOT / "train.py", "--pair", "image-text", "--steps", "20", "--samples", "1280", "--workers", "0",
+                        "--out", "runs/toy-anchor"], cwd=folder, check=True, capture_output=True)
+        for case in args.cases or CASES:
+            begun = time.monotonic()
+            expected = finish(case, folder / f"{case}-alone", folder)
+            seconds, kills, writing, runs, same = time.monotonic() - begun, 0, 0, 0, True
+            while kills < args.kills:
+                out = folder / f"{case}-{runs}"
+                wait_for_write = kills % 2 == 1
+                if kill_once(case, out, folder, random.uniform(0, seconds), wait_for_write):
+                    kills, writing = kills + 1, writing + any(out.rglob("*.partial*"))
+                else:  # it came to its end before
+                    same, runs = same and result(out) == expected, runs + 1
+            out = folder / f"{case}-{runs}"
+            same = same and finish(case, out, folder) == expected
+            failed = failed or not same
+            print(f"{case}: {'the same as' if same else 'NOT the same as'} the run left alone; {kills} kills ({writing} while writing) "
+                  f"over {runs + 1} runs of {seconds:.0f} s")
+            for path in folder.glob(f"{case}-*"):
+                shutil.rmtree(path)
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
