@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -65,6 +66,7 @@ def parse_args(argv=None):
     for name, kind in (("epochs", int), ("batch-size", int), ("lr", float), ("weight-decay", float), ("clip-grad", float),
                        ("warmup", float), ("replicate", float), ("drop-path", float)):
         add(f"--{name}", type=kind, help="default: SETTINGS, in epochs" if name == "warmup" else "default: SETTINGS")
+    add("--micro-batch", type=int, help="pairs whose activations are held at once; the gradient stays the whole batch's")
     add("--temperature", help="a fixed temperature, or 'learned' (default: SETTINGS)")
     add("--steps", type=int, help="stop the schedule after this many steps instead of whole epochs")
     add("--samples", type=int, help="size of the toy world")
@@ -78,7 +80,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.pair and not args.resume:
         raise UsageError("name a --pair, such as image-audio, or a run to --resume")
-    for name in ("epochs", "batch_size", "lr", "clip_grad", "replicate", "steps", "samples"):
+    for name in ("epochs", "batch_size", "lr", "clip_grad", "replicate", "steps", "samples",
+                 "micro_batch"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be above 0")
     try:
@@ -284,7 +287,8 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
                 group["lr"] = learning_rate(step - 1, row)
             torch.manual_seed(args.seed * 1_000_003 + step * processes() + rank)  # dropout: the same after a resume
             try:
-                figures = take_step(model, pair, batch, criterion, optimizer, scaler, row["clip_grad"], device, amp)
+                figures = take_step(model, pair, batch, criterion, optimizer, scaler, row["clip_grad"], device, amp,
+                                    args.micro_batch)
             except FloatingPointError as error:
                 items = ", ".join(source.name(int(i)) for i in batch["index"])
                 raise RunError(f"{error} at step {step} of {name}; the items of its batch: {items}") from None
@@ -324,10 +328,24 @@ def next_batch(loader, run, counts, max_bad):
     return (None if empty else batch), bool(stop)
 
 
-def take_step(model, pair, batch, criterion, optimizer, scaler, clip_grad, device, amp):
+def embed(model, modality, x, amp, micro_batch=None):
+    """Embeddings (B, E) of a batch, differentiable, with the activations of at most `micro_batch` items in memory.
+
+    Those of a smaller part are dropped and, when its gradient is due, computed again with the same random
+    numbers: the gradient of the whole contrastive batch (Gao et al., 2021, https://arxiv.org/abs/2101.06983).
+    """
+    def encode(part):
+        with torch.autocast(part.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            return model.encode(modality, part)
+
+    if not micro_batch or micro_batch >= len(x):
+        return encode(x)
+    return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in x.split(micro_batch)])
+
+
+def take_step(model, pair, batch, criterion, optimizer, scaler, clip_grad, device, amp, micro_batch=None):
     """Embed, compare, update. Returns the step's figures; FloatingPointError if the loss is not finite."""
-    with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-        q, k = (model.encode(m, batch[m].to(device, non_blocking=True)) for m in pair)  # (B, E) each
+    q, k = (embed(model, m, batch[m].to(device, non_blocking=True), amp, micro_batch) for m in pair)  # (B, E) each
     loss, accuracy = criterion(q, k)
     loss_value, accuracy = synchronise(loss.item(), accuracy.item())
     if not math.isfinite(loss_value):

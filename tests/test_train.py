@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import data
 import evaluate
 import train
 from evaluate import RunError, UsageError
+from loss import InfoNCE
 from model import ImageBind
 
 TRAIN = str(Path(train.__file__))
@@ -78,6 +80,27 @@ def test_two_processes_have_the_losses_of_one(workplace, tmp_path):
     assert one.wait() == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     assert len(losses(tmp_path / "two")) == 20
+
+
+@pytest.mark.parametrize("amp,noise", [(None, False), (None, True), (torch.bfloat16, True)])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(amp, noise):
+    torch.manual_seed(0)
+    model, criterion = ImageBind([replace(train.preset("tiny", m), dropout=0.3 * noise) for m in ("text", "imu")]), InfoNCE()
+    for encoder in model.encoders.values():
+        encoder.drop_path = 0.5 * noise
+    batch = {"text": torch.randint(1, 500, (10, 7)), "imu": torch.randn(10, 6, 200)}
+
+    def gradients(*embeddings):
+        model.zero_grad()
+        criterion(*embeddings)[0].backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    torch.manual_seed(1)
+    micro = gradients(*(train.embed(model, m, x, amp, micro_batch=4) for m, x in batch.items()))
+    torch.manual_seed(1)  # noise is drawn part by part, so the whole batch is put together from the same parts
+    parts = [x.split(4 if noise else 10) for x in batch.values()]
+    whole = gradients(*(torch.cat([train.embed(model, m, part, amp) for part in xs]) for m, xs in zip(batch, parts)))
+    assert whole.norm() > 1 and torch.allclose(micro, whole, atol=1e-5)
 
 
 def test_fp16_passes_over_a_step_that_overflows(run, monkeypatch, tmp_path):
