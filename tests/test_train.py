@@ -87,7 +87,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(amp, noise):
     torch.manual_seed(0)
     model, criterion = ImageBind([replace(train.preset("tiny", m), dropout=0.3 * noise) for m in ("text", "imu")]), InfoNCE()
     for encoder in model.encoders.values():
-        encoder.drop_path = 0.5 * noise
+        encoder.drop_path = encoder.token_drop = 0.5 * noise
     batch = {"text": torch.randint(1, 500, (10, 7)), "imu": torch.randn(10, 6, 200)}
 
     def gradients(*embeddings):
