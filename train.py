@@ -582,7 +582,7 @@ def plan_pair(args, row, encoders, device):
           f"{'encoder':10}{'':8}{'M params':>10}{'GFLOPs/pair: forward':>22}{'backward':>10}{'ms/pair':>10}")
     for encoder, learns in encoders:
         config, n = encoder.config, count_parameters(encoder)
-        forward, backward, activations = probe(config, learns, amp, args.token_drop if learns else 0.0, device)
+        forward, backward, activations = probe(config, learns, amp, args.token_drop if learns else 0.0, device, held)
         passes = 2 if learns and held < share else 1
         left = 1 + round((config.tokens - 1) * (1 - args.token_drop)) if learns and not config.is_text else config.tokens
         operations = passes * flops(config, left) / 1e9
@@ -601,8 +601,8 @@ def plan_pair(args, row, encoders, device):
           f"{epoch / row['steps_per_epoch'] * row['steps'] / 3600:.3g} h")
 
 
-def probe(config, learns, amp, token_drop, device):
-    """Seconds of a forward and of a backward pass, and the bytes kept between them, for each item of a new encoder."""
+def probe(config, learns, amp, token_drop, device, most):
+    """Seconds of a forward and of a backward pass, and the bytes kept between them, of each of at most so many items."""
     model, kept = ImageBind([config]).to(device), {}
     encoder = model.encoder(config.modality).requires_grad_(learns).train(learns)
     encoder.token_drop = token_drop
@@ -616,7 +616,7 @@ def probe(config, learns, amp, token_drop, device):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    sizes, items = [], max(1, int((2e13 if device.type == "cuda" else 1e11) / flops(config)))
+    sizes, items = [], min(most, 1 + int((2e13 if device.type == "cuda" else 1e11) / flops(config)))
     for n in (items, 2 * items):  # what does not grow is no activation, and the first pass warms up
         x = torch.arange(config.tokens).expand(n, -1) if config.is_text else torch.randn(n, *config.input_shape)
         x, start = x.to(device), now()

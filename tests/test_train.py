@@ -103,6 +103,31 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(amp, noise):
     assert whole.norm() > 1 and torch.allclose(micro, whole, atol=1e-5)
 
 
+def test_a_dry_run_adds_up_what_its_probe_measures_and_writes_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "probe", lambda config, learns, *_: (0.001, 0.002 * learns, 1e6 * learns))
+
+    def plan(*options):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", "--pair", "image-audio", "--preset", "huge", *options])
+        train.main()
+        return capsys.readouterr().out
+
+    epoch = 2_000_000 * 1.25 // 2048 * 2048 / 3600  # of AudioSet, in ms/pair to hours
+    whole, split = plan(), plan("--world-size", "8", "--micro-batch", "64")
+    assert f"epoch: 1220 steps of 2048 pairs on 1 processes, {epoch * 0.004:.3g} h" in whole
+    assert f"1220 steps of 2048 pairs on 8 processes, {epoch * 0.005 / 8:.3g} h" in split  # embeds the learning one twice
+    assert "activations of 2048 pairs" in whole and "activations of 64 pairs" in split
+    assert f"{(632.8 * 4 + 86.2 * 16) / 1000:.2f} GB weights" in whole and not list(tmp_path.iterdir())
+
+
+def test_the_probe_counts_what_is_kept_for_the_backward_pass():
+    config = train.preset("tiny", "imu")
+    _, _, kept = train.probe(config, True, None, 0.0, torch.device("cpu"), 3)
+    per_block = 18 * config.tokens * config.width * 4  # norms, q, k, v with the extra one, scores' sums, MLP; float32
+    assert kept == pytest.approx(config.depth * per_block, rel=0.3)
+    assert train.probe(config, False, None, 0.0, torch.device("cpu"), 3)[2] == 0
+
+
 def test_fp16_passes_over_a_step_that_overflows(run, monkeypatch, tmp_path):
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled))
