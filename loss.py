@@ -90,7 +90,9 @@ class BlockedInfoNCE(torch.autograd.Function):
             if q_grad is not None:  # not for a frozen anchor
                 q_grad.addmm_(slope.T, scaled[block])
         scale_grad = factor * (k_grad * k).sum()
-        return k_grad * (factor * logit_scale), q_grad if q_grad is None else q_grad * factor, scale_grad, None
+        if q_grad is not None:
+            q_grad *= factor
+        return k_grad.mul_(factor * logit_scale), q_grad, scale_grad, None
 
 
 def blocks(rows, columns):

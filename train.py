@@ -221,7 +221,7 @@ def make_optimizer(trained, row):
     parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim == 2], "weight_decay": row["weight_decay"]},
               {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=row["lr"], betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=row["lr"], betas=(0.9, 0.95), fused=True)
 
 
 def freeze_anchor(model, pair, ready, args):
