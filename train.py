@@ -81,7 +81,7 @@ def parse_args(argv=None):
     add("--workers", type=int, default=2, help="loader processes")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if not args.pair and not args.resume:
+    if not args.pair and (args.dry_run or not args.resume):
         raise UsageError("name a --pair, such as image-audio, or a run to --resume")
     for name in ("epochs", "batch_size", "lr", "clip_grad", "replicate", "steps", "samples",
                  "micro_batch", "world_size"):
@@ -575,10 +575,11 @@ def plan(args):
 
 
 def plan_pair(args, row, encoders, device):
+    """Prints the plan of one pair; encoders: (encoder, whether it learns) of both."""
     amp, share = choose_amp(args.amp, device), math.ceil(row["batch_size"] / args.world_size)
     held = min(args.micro_batch or share, share)  # pairs whose activations are in memory at once
     seconds, fixed, kept, working = 0.0, 0, 0.0, 0
-    print(f"\n{'-'.join(e.config.modality for e, _ in encoders)} on {device.type}, {amp or torch.float32}:\n"
+    print(f"\n{'-'.join(e.config.modality for e, _ in encoders)} on {device.type}, {str(amp or torch.float32)[6:]}:\n"
           f"{'encoder':10}{'':8}{'M params':>10}{'GFLOPs/pair: forward':>22}{'backward':>10}{'ms/pair':>10}")
     for encoder, learns in encoders:
         config, n = encoder.config, count_parameters(encoder)
@@ -590,13 +591,13 @@ def plan_pair(args, row, encoders, device):
               f"{2 * operations / passes * learns:>10.2f}{1000 * (passes * forward + backward):>10.2f}")
         seconds += passes * forward + backward
         fixed += n * (16 if learns else 4)  # weights, and a learning one's gradients and AdamW's two averages
-        kept += activations
+        kept = max(kept, activations) if held < share else kept + activations
         working = max(working, 40 * config.tokens * config.width)  # what a block makes and drops: 10 D float32 a token
     trained = sum(count_parameters(e) for e, learns in encoders if learns)
     epoch = row["steps_per_epoch"] * share * seconds
     print(f"memory of a process: {fixed / 1e9:.2f} GB weights, gradients, AdamW + {held * (kept + working) / 1e9:.2f} GB "
           f"activations of {held} pairs\nmessages of a step: {trained * 4 / 1e6:.0f} MB gradients"
-          f"\nepoch: {row['steps_per_epoch']} steps of {row['batch_size']} pairs on {args.world_size} processes, "
+          f"\nepoch: {row['steps_per_epoch']} steps of {row['batch_size']} pairs, processes: {args.world_size}, "
           f"{epoch / 3600:.3g} h each computing, without reading and messages; all {row['steps']} steps "
           f"{epoch / row['steps_per_epoch'] * row['steps'] / 3600:.3g} h")
 

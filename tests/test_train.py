@@ -114,8 +114,8 @@ def test_a_dry_run_adds_up_what_its_probe_measures_and_writes_nothing(monkeypatc
 
     epoch = 2_000_000 * 1.25 // 2048 * 2048 / 3600  # of AudioSet, in ms/pair to hours
     whole, split = plan(), plan("--world-size", "8", "--micro-batch", "64")
-    assert f"epoch: 1220 steps of 2048 pairs on 1 processes, {epoch * 0.004:.3g} h" in whole
-    assert f"1220 steps of 2048 pairs on 8 processes, {epoch * 0.005 / 8:.3g} h" in split  # embeds the learning one twice
+    assert f"epoch: 1220 steps of 2048 pairs, processes: 1, {epoch * 0.004:.3g} h" in whole
+    assert f"1220 steps of 2048 pairs, processes: 8, {epoch * 0.005 / 8:.3g} h" in split  # embeds the learning one twice
     assert "activations of 2048 pairs" in whole and "activations of 64 pairs" in split
     assert f"{(632.8 * 4 + 86.2 * 16) / 1000:.2f} GB weights" in whole and not list(tmp_path.iterdir())
 
