@@ -70,10 +70,9 @@ class BlockedInfoNCE(torch.autograd.Function):
             dist.all_gather(parts, columns)
             columns = torch.stack(parts).logsumexp(dim=0)
         ctx.save_for_backward(k, q, logit_scale, rows, columns, target)
-        positives = (scaled * q[own]).sum(dim=1)
-        ctx.mark_non_differentiable(accuracy := hits / len(q))
-        # each averaged over the global batch
-        return (rows + columns[own] - 2 * positives).sum() / len(q), accuracy
+        positives, accuracy = (scaled * q[own]).sum(dim=1), hits / len(q)
+        ctx.mark_non_differentiable(accuracy)
+        return (rows + columns[own] - 2 * positives).sum() / len(q), accuracy  # averaged over the global batch
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -96,7 +95,7 @@ class BlockedInfoNCE(torch.autograd.Function):
 
 
 def blocks(rows, columns):
-    """Slices of rows of which each, times the columns, is small beside a tower's activations."""
+    """Slices of the rows, of at most BLOCK logits each."""
     step = max(1, BLOCK // columns)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
