@@ -71,11 +71,12 @@ def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, am
     assert all(torch.equal(a[key], b[key]) for key in a) and losses(whole) == losses(tmp_path / "stopped")
 
 
-def test_two_processes_have_the_losses_of_one(workplace, tmp_path):
+def test_two_processes_in_micro_batches_have_the_losses_of_one(workplace, tmp_path):
     options = [TRAIN, "--pair", "image-audio", "--steps", "20", "--workers", "1", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     one = subprocess.Popen([sys.executable, *options, tmp_path / "one"], cwd=workplace, env=environment)
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options, tmp_path / "two"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options, tmp_path / "two",
+           "--micro-batch", "12"]
     subprocess.run(two, cwd=workplace, check=True, env=environment)
     assert one.wait() == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
