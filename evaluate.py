@@ -656,7 +656,8 @@ def main():
                          "a CLIP or ImageBind file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
         sub.add_argument("--heads", type=parse_heads, help="attention heads where the file does not say: image=16,text=12")
         if function not in (compare, suite):
-            sub.add_argument("--data", default="toy", help="toy, a manifest (CSV), tar shards, or NAME:ROOT: " + ", ".join(data.DATASETS))
+            sub.add_argument("--data", default="toy", help="toy, a manifest (CSV), tar shards, or NAME:ROOT of "
+                             + ", ".join(data.DATASETS))
             sub.add_argument("--allow-outside", action="store_true", help="read files outside a manifest's folder, too")
         if function is not compare:
             sub.add_argument("--batch-size", type=int, default=64)

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 MAX_LOGIT_SCALE = 100.0
+BLOCK = 2**22  # logits held at once: 16 MB in float32
 
 
 class InfoNCE(nn.Module):
@@ -42,14 +43,61 @@ class InfoNCE(nn.Module):
         with torch.no_grad():  # the parameter itself is cut back: a cut output would have no gradient to return
             self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         all_q, start = gather(q)
-        all_k, _ = gather(k)
-        target = torch.arange(start, start + len(q), device=q.device)
-        q_logits = self.logit_scale * q @ all_k.T  # (B, N), row i: which of all k belongs to q_i
-        k_logits = self.logit_scale * k @ all_q.T
-        # L(I,M) + L(M,I), each averaged over the global batch
-        loss = F.cross_entropy(q_logits, target, reduction="sum") + F.cross_entropy(k_logits, target, reduction="sum")
-        hits = (k_logits.argmax(dim=1) == target).sum()
-        return loss / len(all_q), hits / len(all_q)
+        with torch.autocast(q.device.type, enabled=False):  # sums over a batch need all the digits
+            return BlockedInfoNCE.apply(k, all_q, self.logit_scale, start)
+
+
+class BlockedInfoNCE(torch.autograd.Function):
+    """L(I,M) + L(M,I) of this process's k (B, E) against all q (N, E), without ever holding the logits (B, N) whole.
+
+    logits_ij = logit_scale * k_i.q_j serve both directions: k_i's softmax goes along row i, q_j's down
+    column j. Forward keeps their logsumexps alone; backward makes each block of rows again, where
+    d loss / d logits_ij = (exp(logits_ij - row_i) + exp(logits_ij - column_j) - 2 [i = j]) / N.
+    """
+
+    @staticmethod
+    def forward(ctx, k, q, logit_scale, start):
+        scaled, own = logit_scale * k, slice(start, start + len(k))
+        target = torch.arange(start, start + len(k), device=k.device)
+        rows, columns, hits = k.new_empty(len(k)), k.new_full((len(q),), -math.inf), 0
+        for block in blocks(len(k), len(q)):
+            logits = scaled[block] @ q.T  # (b, N)
+            rows[block] = logits.logsumexp(dim=1)
+            columns = torch.logaddexp(columns, logits.logsumexp(dim=0))
+            hits = hits + (logits.argmax(dim=1) == target[block]).sum()
+        if processes() > 1:
+            parts = [torch.empty_like(columns) for _ in range(processes())]
+            dist.all_gather(parts, columns)
+            columns = torch.stack(parts).logsumexp(dim=0)
+        ctx.save_for_backward(k, q, logit_scale, rows, columns, target)
+        positives, accuracy = (scaled * q[own]).sum(dim=1), hits / len(q)
+        ctx.mark_non_differentiable(accuracy)
+        return (rows + columns[own] - 2 * positives).sum() / len(q), accuracy  # averaged over the global batch
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        k, q, logit_scale, rows, columns, target = ctx.saved_tensors
+        scaled, factor = logit_scale * k, grad / len(q)
+        k_grad, q_grad = torch.empty_like(k), torch.zeros_like(q) if ctx.needs_input_grad[1] else None
+        for block in blocks(len(k), len(q)):
+            logits = scaled[block] @ q.T
+            slope = (logits - rows[block, None]).exp_()
+            slope += logits.sub_(columns).exp_()
+            slope[torch.arange(len(slope), device=k.device), target[block]] -= 2
+            k_grad[block] = slope @ q
+            if q_grad is not None:  # not for a frozen anchor
+                q_grad.addmm_(slope.T, scaled[block])
+        scale_grad = factor * (k_grad * k).sum()
+        if q_grad is not None:
+            q_grad *= factor
+        return k_grad.mul_(factor * logit_scale), q_grad, scale_grad, None
+
+
+def blocks(rows, columns):
+    """Slices of the rows, of at most BLOCK logits each."""
+    step = max(1, BLOCK // columns)
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
 def processes():

@@ -127,13 +127,21 @@ class Attention(nn.Module):
         self.bias_k = nn.Parameter(torch.empty(1, 1, width)) if extra_kv else None
         self.bias_v = nn.Parameter(torch.empty(1, 1, width)) if extra_kv else None
 
-    def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, D) each
+    def forward(self, x, at=None):
+        """(B, N, D) -> (B, N, D), or, where only one token of each sample is asked for by `at` (B,), (B, 1, D)."""
+        mask = None
+        if at is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, D) each
+        else:
+            (q_weight, kv_weight), (q_bias, kv_bias) = (t.tensor_split((x.shape[2],)) for t in (self.qkv.weight, self.qkv.bias))
+            q, (k, v) = F.linear(pick(x, at), q_weight, q_bias), F.linear(x, kv_weight, kv_bias).chunk(2, dim=-1)
+            if self.causal:
+                mask = (torch.arange(x.shape[1], device=x.device) <= at[:, None])[:, None, None]  # (B, 1, 1, N)
         if self.bias_k is not None:
             k = torch.cat([k, self.bias_k.to(k.dtype).expand(len(x), 1, -1)], dim=1)  # (B, N+1, D)
             v = torch.cat([v, self.bias_v.to(v.dtype).expand(len(x), 1, -1)], dim=1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, N, D/h)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and at is None)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -149,9 +157,15 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
         self.activation = {"gelu": F.gelu, "quick_gelu": quick_gelu}[config.activation]
 
-    def forward(self, x, drop_path=0.0):
-        x = x + stochastic_depth(self.attn(self.norm1(x)), drop_path, self.training)
+    def forward(self, x, drop_path=0.0, at=None):
+        attended = self.attn(self.norm1(x), at)
+        x = (x if at is None else pick(x, at)) + stochastic_depth(attended, drop_path, self.training)
         return x + stochastic_depth(self.fc2(self.activation(self.fc1(self.norm2(x)))), drop_path, self.training)
+
+
+def pick(x, at):
+    """One token of each sample: (B, N, D), (B,) -> (B, 1, D)."""
+    return x[torch.arange(len(x), device=x.device), at].unsqueeze(1)
 
 
 def quick_gelu(x):
@@ -165,6 +179,14 @@ def stochastic_depth(x, p, training):
         return x
     keep = torch.rand(len(x), 1, 1, device=x.device) >= p
     return x * keep / (1 - p)
+
+
+def drop_patches(x, p):
+    """(B, N, D) -> the class token and a random share 1 - p of each sample's patches (Li et al., 2023, FLIP)."""
+    order = torch.rand(x.shape[:2], device=x.device)  # (B, N)
+    order[:, 0] = -1  # the class token is always kept
+    keep = order.argsort(dim=1)[:, : 1 + max(1, round((x.shape[1] - 1) * (1 - p)))]
+    return x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
 class PatchStem(nn.Module):
@@ -209,6 +231,7 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.proj = nn.Linear(D, config.embed_dim, bias=False)
         self.drop_path = 0.0  # stochastic depth of the last block; earlier ones get less, linearly
+        self.token_drop = 0.0  # share of the patches that training leaves out
         self.init_weights()
 
     @torch.no_grad()
@@ -246,17 +269,19 @@ class Encoder(nn.Module):
         return self.pre_norm(torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.pos)
 
     def forward(self, x):
-        end = None
+        at = torch.zeros(len(x), dtype=torch.long, device=x.device)  # the token that stands for the item: class, or end
         if self.config.is_text:
             # Attention is causal, so what follows a text's end token cannot change it: cut the
             # batch at its longest text. The end token has the largest id of its row.
-            end = x.argmax(dim=-1)
-            x = x[:, : int(end.max()) + 1]
+            at = x.argmax(dim=-1)
+            x = x[:, : int(at.max()) + 1]
         x = self.tokens(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, self.drop_path * i / max(1, len(self.blocks) - 1))
-        x = x[:, 0] if end is None else x[torch.arange(len(x), device=x.device), end]  # (B, D)
-        return self.proj(self.dropout(self.norm(x)))
+        if self.training and self.token_drop and not self.config.is_text:
+            x = drop_patches(x, self.token_drop)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):  # the last one need only say what becomes of that token
+            x = block(x, self.drop_path * i / max(1, last), at if i == last else None)
+        return self.proj(self.dropout(self.norm(x[:, 0])))
 
 
 class ImageBind(nn.Module):
@@ -402,12 +427,13 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def flops(config):
-    """Floating-point operations of one forward pass of one clip: 2 per multiply-add."""
-    N, D = config.tokens, config.width
+def flops(config, tokens=None):
+    """Floating-point operations of one forward pass of one clip, of all its tokens or so many: 2 per multiply-add."""
+    N, D = tokens or config.tokens, config.width
     per_block = 24 * N * D**2 + 4 * N**2 * D  # qkv, proj and MLP; scores and their sum over values
+    last = 4 * N * D**2 + 20 * D**2 + 4 * N * D  # keys and values of all, the rest for one token
     stem = 0 if config.is_text else 2 * (N - 1) * D * config.input_shape[0] * torch.Size(config.patch).numel()
-    return config.depth * per_block + stem + 2 * D * config.embed_dim
+    return (config.depth - 1) * per_block + last + stem + 2 * D * config.embed_dim
 
 
 if __name__ == "__main__":

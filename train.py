@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -36,7 +37,7 @@ import evaluate
 from clip_weights import tokenizer
 from evaluate import RunError, UsageError
 from loss import MAX_LOGIT_SCALE, InfoNCE, processes
-from model import MODALITIES, ImageBind, choose_device, encoder_of, preset, read_checkpoint, save_atomic
+from model import MODALITIES, ImageBind, choose_device, count_parameters, encoder_of, flops, preset, read_checkpoint, save_atomic
 
 # The paper's settings by the modality that learns (appendix B, table 9); image and text as in CLIP;
 # "toy" for every pair of the toy world. Warm-up in epochs; a temperature of None is learned.
@@ -71,6 +72,8 @@ def parse_args(argv=None):
     for name, kind in (("epochs", int), ("batch-size", int), ("lr", float), ("weight-decay", float), ("clip-grad", float),
                        ("warmup", float), ("replicate", float), ("drop-path", float)):
         add(f"--{name}", type=kind, help="default: SETTINGS, in epochs" if name == "warmup" else "default: SETTINGS")
+    add("--micro-batch", type=int, help="pairs whose activations are held at once; the gradient stays the whole batch's")
+    add("--token-drop", type=float, default=0.0, help="share of the learning encoder's patches that each step leaves out")
     add("--temperature", help="a fixed temperature, or 'learned' (default: SETTINGS)")
     add("--steps", type=int, help="stop the schedule after this many steps instead of whole epochs")
     add("--samples", type=int, help="size of the toy world, or of an epoch of shards")
@@ -79,14 +82,19 @@ def parse_args(argv=None):
     add("--eval-every", type=int, default=0, help="evaluate on held-out data every so many steps")
     add("--save-every", type=float, default=300, help="seconds between checkpoints")
     add("--max-bad", type=float, default=0.01, help="end the run if more than this share of items cannot be read")
+    add("--dry-run", action="store_true", help="print what the run would take, by a probe of this device; write nothing")
+    add("--world-size", type=int, default=1, help="processes to plan for with --dry-run")
     add("--workers", type=int, default=2, help="loader processes")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if not args.pair and not args.resume:
+    if not args.pair and (args.dry_run or not args.resume):
         raise UsageError("name a --pair, such as image-audio, or a run to --resume")
-    for name in ("epochs", "batch_size", "lr", "clip_grad", "replicate", "steps", "samples"):
+    for name in ("epochs", "batch_size", "lr", "clip_grad", "replicate", "steps", "samples",
+                 "micro_batch", "world_size"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if not 0 <= args.token_drop < 1:
+        raise UsageError(f"--token-drop {args.token_drop}: a share of the patches, from 0 to below 1")
     try:
         args.temperature = args.temperature if args.temperature in (None, "learned") else float(args.temperature)
     except ValueError:
@@ -171,8 +179,8 @@ class Run:
         if self.main:
             sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
             try:
+                model.save(self.folder / "model.pt")  # first: a kill between the two leaves a state that makes it again
                 save_atomic({"model": model.state(), "sizes": sizes, **state}, self.folder / "state.pt")
-                model.save(self.folder / "model.pt")
             except OSError as error:
                 raise RunError(f"{error.strerror}; make room, then go on with python train.py --resume {self.folder}") from None
 
@@ -234,7 +242,7 @@ def make_optimizer(trained, row):
     parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim == 2], "weight_decay": row["weight_decay"]},
               {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=row["lr"], betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=row["lr"], betas=(0.9, 0.95), fused=True)
 
 
 def freeze_anchor(model, pair, ready, args):
@@ -276,7 +284,7 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
     source = open_source(args, pair, learner)
     row, trained = settings_for(args, learner, len(source)), freeze_anchor(model, pair, ready, args)
     for encoder in trained:
-        encoder.drop_path = row["drop_path"]
+        encoder.drop_path, encoder.token_drop = row["drop_path"], args.token_drop
     if args.compile:
         for m in pair:
             model.encoder(m).compile()
@@ -305,7 +313,8 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
                 group["lr"] = learning_rate(step - 1, row)
             torch.manual_seed(args.seed * 1_000_003 + step * processes() + rank)  # dropout: the same after a resume
             try:
-                figures = take_step(model, pair, batch, criterion, optimizer, scaler, row["clip_grad"], device, amp)
+                figures = take_step(model, pair, batch, criterion, optimizer, scaler, row["clip_grad"], device, amp,
+                                    args.micro_batch)
             except FloatingPointError as error:
                 items = ", ".join(source.name(int(i)) for i in batch["index"])
                 raise RunError(f"{error} at step {step} of {name}; the items of its batch: {items}") from None
@@ -345,10 +354,24 @@ def next_batch(loader, run, counts, max_bad):
     return (None if empty else batch), bool(stop)
 
 
-def take_step(model, pair, batch, criterion, optimizer, scaler, clip_grad, device, amp):
+def embed(model, modality, x, amp, micro_batch=None):
+    """Embeddings (B, E) of a batch, differentiable, with the activations of at most `micro_batch` items in memory.
+
+    Those of a smaller part are dropped and, when its gradient is due, computed again with the same random
+    numbers: the gradient of the whole contrastive batch (Gao et al., 2021, https://arxiv.org/abs/2101.06983).
+    """
+    def encode(part):
+        with torch.autocast(part.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            return model.encode(modality, part)
+
+    if not micro_batch or micro_batch >= len(x):
+        return encode(x)
+    return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in x.split(micro_batch)])
+
+
+def take_step(model, pair, batch, criterion, optimizer, scaler, clip_grad, device, amp, micro_batch=None):
     """Embed, compare, update. Returns the step's figures; FloatingPointError if the loss is not finite."""
-    with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-        q, k = (model.encode(m, batch[m].to(device, non_blocking=True)) for m in pair)  # (B, E) each
+    q, k = (embed(model, m, batch[m].to(device, non_blocking=True), amp, micro_batch) for m in pair)  # (B, E) each
     loss, accuracy = criterion(q, k)
     loss_value, accuracy = synchronise(loss.item(), accuracy.item())
     if not math.isfinite(loss_value):
@@ -442,6 +465,11 @@ def open_source(args, pair, learner):
     return source
 
 
+def choose_amp(name, device):
+    automatic = torch.bfloat16 if device.type == "cuda" else None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}[name]
+
+
 def start_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))  # rank 0 evaluates alone
@@ -524,8 +552,7 @@ def train(args, run):
         if run.main:
             run.begin(args, source.fingerprint())
     model.to(device)
-    automatic = torch.bfloat16 if device.type == "cuda" else None
-    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}[args.amp]
+    amp = choose_amp(args.amp, device)
     names = ["-".join(pair) for pair in pairs]
     first = names.index(start_state["pair"]) if start_state else 0
     for i in range(first, len(pairs)):
@@ -552,8 +579,97 @@ def print_summary(run, model, modalities, figures, seconds):
     print(f"\n{run.folder}: model.pt, log.jsonl; {seconds:.0f} s")
 
 
+# ---------------------------------------------------------------------------------------------
+# What a run would take: --dry-run
+
+
+# Training pairs of the paper's data (appendix A): AudioSet, SUN RGB-D, LLVIP, Ego4D; for image-text CLIP's.
+PAPER_PAIRS = {"audio": 2_000_000, "depth": 5_000, "thermal": 12_000, "imu": 510_000, "text": 400_000_000, "image": 400_000_000}
+
+
+def plan(args):
+    """Prints what each pair of a run would take on processes like this one. Image and text count as trained before."""
+    device, kind, pairs = choose_device(), args.preset or ("tiny" if args.data == "toy" else "base"), parse_pairs(args.pair)
+    ready = {"image", "text"}
+    if args.init or args.clip:
+        model, ready = initial_model(args, pairs, None)
+    else:
+        with torch.device("meta"):
+            model = ImageBind([preset(kind, m) for m in dict.fromkeys(encoder_of(m) for pair in pairs for m in pair)])
+    for pair in pairs:
+        learner = learner_of(pair, ready)
+        if args.data == "toy" and kind != "tiny":  # no data named: the paper's
+            row = settings_for(argparse.Namespace(**vars(args) | {"data": "paper"}), learner,
+                               args.samples or PAPER_PAIRS[encoder_of(learner)])
+        else:
+            row = settings_for(args, learner, len(open_source(args, pair, learner)))
+        trained = freeze_anchor(model, pair, ready, args)
+        plan_pair(args, row, [(model.encoder(m), model.encoder(m) in trained) for m in pair], device)
+        ready.update(encoder_of(m) for m in pair)
+
+
+def plan_pair(args, row, encoders, device):
+    """Prints the plan of one pair; encoders: (encoder, whether it learns) of both."""
+    amp, share = choose_amp(args.amp, device), math.ceil(row["batch_size"] / args.world_size)
+    held = min(args.micro_batch or share, share)  # pairs whose activations are in memory at once
+    seconds, fixed, kept, working = 0.0, 0, 0.0, 0
+    print(f"\n{'-'.join(e.config.modality for e, _ in encoders)} on {device.type}, {str(amp or torch.float32)[6:]}:\n"
+          f"{'encoder':10}{'':8}{'M params':>10}{'GFLOPs/pair: forward':>22}{'backward':>10}{'ms/pair':>10}")
+    for encoder, learns in encoders:
+        config, n = encoder.config, count_parameters(encoder)
+        forward, backward, activations = probe(config, learns, amp, args.token_drop if learns else 0.0, device, held)
+        passes = 2 if learns and held < share else 1
+        left = 1 + round((config.tokens - 1) * (1 - args.token_drop)) if learns and not config.is_text else config.tokens
+        operations = passes * flops(config, left) / 1e9
+        print(f"{config.modality:10}{'learns' if learns else 'frozen':8}{n / 1e6:>10.1f}{operations:>22.2f}"
+              f"{2 * operations / passes * learns:>10.2f}{1000 * (passes * forward + backward):>10.2f}")
+        seconds += passes * forward + backward
+        fixed += n * (16 if learns else 4)  # weights, and a learning one's gradients and AdamW's two averages
+        kept = max(kept, activations) if held < share else kept + activations
+        working = max(working, 40 * config.tokens * config.width)  # what a block makes and drops: 10 D float32 a token
+    trained = sum(count_parameters(e) for e, learns in encoders if learns)
+    epoch = row["steps_per_epoch"] * share * seconds
+    print(f"memory of a process: {fixed / 1e9:.2f} GB weights, gradients, AdamW + {held * (kept + working) / 1e9:.2f} GB "
+          f"activations of {held} pairs\nmessages of a step: {trained * 4 / 1e6:.0f} MB gradients"
+          f"\nepoch: {row['steps_per_epoch']} steps of {row['batch_size']} pairs, processes: {args.world_size}, "
+          f"{epoch / 3600:.3g} h each computing, without reading and messages; all {row['steps']} steps "
+          f"{epoch / row['steps_per_epoch'] * row['steps'] / 3600:.3g} h")
+
+
+def probe(config, learns, amp, token_drop, device, most):
+    """Seconds of a forward and of a backward pass, and the bytes kept between them, of each of at most so many items."""
+    model, kept = ImageBind([config]).to(device), {}
+    encoder = model.encoder(config.modality).requires_grad_(learns).train(learns)
+    encoder.token_drop = token_drop
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def now():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    sizes, items = [], min(most, 1 + int((2e13 if device.type == "cuda" else 1e11) / flops(config)))
+    for n in (items, 2 * items):  # what does not grow is no activation, and the first pass warms up
+        x = torch.arange(config.tokens).expand(n, -1) if config.is_text else torch.randn(n, *config.input_shape)
+        x, start = x.to(device), now()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            z = embed(model, config.modality, x, amp)
+        middle = now()
+        if learns:
+            z.sum().backward()
+        end = now()
+        sizes.append(sum(kept.values()))
+        kept.clear()
+    return (middle - start) / n, (end - middle) / n, (sizes[1] - sizes[0]) / items
+
+
 def main():
     args = parse_args()
+    if args.dry_run:
+        return plan(args)
     start_processes(choose_device())
     if args.resume:
         config = Path(args.resume) / "config.json"

@@ -122,8 +122,8 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder)
-        subprocess.run([sys.executable, ROOT / "train.py", "--pair", "image-text", "--steps", "20", "--samples", "1280", "--workers", "0",
-                        "--out", "runs/toy-anchor"], cwd=folder, check=True, capture_output=True)
+        anchor = ["--pair", "image-text", "--steps", "20", "--samples", "1280", "--workers", "0", "--out", "runs/toy-anchor"]
+        subprocess.run([sys.executable, ROOT / "train.py", *anchor], cwd=folder, check=True, capture_output=True)
         for case in args.cases or CASES:
             begun = time.monotonic()
             expected = finish(case, folder / f"{case}-alone", folder)
@@ -138,8 +138,8 @@ def main():
             out = folder / f"{case}-{runs}"
             same = same and finish(case, out, folder) == expected
             failed = failed or not same
-            print(f"{case}: {'the same as' if same else 'NOT the same as'} the run left alone; {kills} kills ({writing} while writing) "
-                  f"over {runs + 1} runs of {seconds:.0f} s")
+            print(f"{case}: {'the same as' if same else 'NOT the same as'} the run left alone; {kills} kills "
+                  f"({writing} while writing) over {runs + 1} runs of {seconds:.0f} s")
             for path in folder.glob(f"{case}-*"):
                 shutil.rmtree(path)
     sys.exit(int(failed))

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+import loss as loss_file
 from loss import InfoNCE
 
 
@@ -28,6 +29,29 @@ def test_the_loss_is_equation_1():
     assert accuracy.item() == pytest.approx(((k @ q.T).argmax(1) == torch.arange(5)).float().mean().item())
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_blocks_have_the_value_and_gradients_of_the_whole_matrix(monkeypatch, frozen):
+    q, k = pairs()
+    whole, blocked = InfoNCE().double(), InfoNCE().double()
+    logits, target = whole.logit_scale * q @ k.T, torch.arange(10)
+    expected = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+    gradients = torch.autograd.grad(expected, (q, k, whole.log_logit_scale))
+    monkeypatch.setattr(loss_file, "BLOCK", 30)  # four blocks of three rows, the last of one
+    loss, _ = blocked(q.detach() if frozen else q, k)
+    (3 * loss).backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
+    assert (q.grad is None) == frozen
+    for measured, gradient in zip((q.grad, k.grad, blocked.log_logit_scale.grad), gradients):
+        assert measured is None or torch.allclose(measured, 3 * gradient, atol=1e-9)
+
+
+def test_the_loss_keeps_its_digits_under_autocast():
+    q, k = (z.detach().float() for z in pairs(200))
+    with torch.autocast("cpu", torch.bfloat16):
+        under, _ = InfoNCE(0.01)(q, k)
+    assert under.item() == pytest.approx(InfoNCE(0.01)(q.double(), k.double())[0].item(), rel=1e-5)
+
+
 def test_the_temperature_is_learned_or_fixed():
     q, k = pairs()
     learned, fixed = InfoNCE(), InfoNCE(0.05, learnable=False)
@@ -42,6 +66,7 @@ def test_the_temperature_is_learned_or_fixed():
 
 def share(rank, sizes, port, results):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(sizes))
+    loss_file.BLOCK = 30
     q, k = (z.detach().split(sizes)[rank].clone().requires_grad_() for z in pairs())
     criterion = InfoNCE().double()
     loss, _ = criterion(q, k)

@@ -4,7 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, Attention, Encoder, ImageBind, PatchStem, count_parameters, preset, stochastic_depth
+from model import (
+    PRESETS,
+    Attention,
+    Block,
+    Encoder,
+    ImageBind,
+    PatchStem,
+    count_parameters,
+    drop_patches,
+    preset,
+    stochastic_depth,
+)
 
 
 def tiny(*modalities):
@@ -67,6 +78,13 @@ def test_extra_key_and_value_are_those_of_multihead_attention():
     assert torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("modality", ["text", "audio"])
+def test_a_block_asked_for_one_token_gives_what_it_gives_for_all(modality):
+    torch.manual_seed(0)
+    block, x, at = Block(preset("tiny", modality), extra_kv=False), torch.randn(3, 6, preset("tiny", modality).width), [2, 0, 5]
+    assert torch.allclose(block(x, at=torch.tensor(at)), block(x)[range(3), at].unsqueeze(1), atol=1e-6)
+
+
 def test_clips_are_embedded_each_and_averaged():
     model, clips = tiny("audio"), torch.randn(2, 3, 1, 64, 102)
     each = torch.stack([model.embed("audio", clips[:, i]) for i in range(3)], dim=1)
@@ -78,6 +96,19 @@ def test_stochastic_depth_keeps_the_mean_and_drops_whole_samples():
     assert x.mean().item() == pytest.approx(1, abs=0.02)
     assert (x[..., 0] == x[..., 1]).all() and (x == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
     assert torch.equal(stochastic_depth(x, 0.3, training=False), x)
+
+
+def test_dropped_patches_are_other_ones_in_each_sample_and_never_the_class_token():
+    x = torch.arange(17.0).expand(500, 17).unsqueeze(-1)
+    kept = drop_patches(x, 0.75).squeeze(-1)  # (500, 5)
+    assert kept.shape[1] == 5 and (kept[:, 0] == 0).all() and (kept[:, 1:] > 0).all()
+    assert all(len(row.unique()) == 5 for row in kept)
+    share = torch.stack([(kept == i).any(dim=1).float().mean() for i in range(1, 17)])
+    assert torch.allclose(share, torch.full((16,), 0.25), atol=0.1)
+    encoder, x = tiny("imu").encoder("imu"), torch.randn(2, 6, 200)
+    whole = encoder(x)
+    encoder.token_drop = 0.5
+    assert not torch.equal(encoder(x), whole) and torch.equal(encoder.eval()(x), whole)
 
 
 def test_a_model_comes_back_from_its_file(tmp_path):

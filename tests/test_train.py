@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import data
 import evaluate
 import train
 from evaluate import RunError, UsageError
+from loss import InfoNCE
 from model import ImageBind
 
 TRAIN = str(Path(train.__file__))
@@ -78,15 +80,62 @@ def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, so
     assert all(torch.equal(a[key], b[key]) for key in a) and losses(whole) == losses(tmp_path / "stopped")
 
 
-def test_two_processes_have_the_losses_of_one(workplace, tmp_path):
+def test_two_processes_in_micro_batches_have_the_losses_of_one(workplace, tmp_path):
     options = [TRAIN, "--pair", "image-audio", "--steps", "20", "--workers", "1", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     one = subprocess.Popen([sys.executable, *options, tmp_path / "one"], cwd=workplace, env=environment)
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options, tmp_path / "two"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options, tmp_path / "two",
+           "--micro-batch", "12"]
     subprocess.run(two, cwd=workplace, check=True, env=environment)
     assert one.wait() == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     assert len(losses(tmp_path / "two")) == 20
+
+
+@pytest.mark.parametrize("amp,noise", [(None, False), (None, True), (torch.bfloat16, True)])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(amp, noise):
+    torch.manual_seed(0)
+    model, criterion = ImageBind([replace(train.preset("tiny", m), dropout=0.3 * noise) for m in ("text", "imu")]), InfoNCE()
+    for encoder in model.encoders.values():
+        encoder.drop_path = encoder.token_drop = 0.5 * noise
+    batch = {"text": torch.randint(1, 500, (10, 7)), "imu": torch.randn(10, 6, 200)}
+
+    def gradients(*embeddings):
+        model.zero_grad()
+        criterion(*embeddings)[0].backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    torch.manual_seed(1)
+    micro = gradients(*(train.embed(model, m, x, amp, micro_batch=4) for m, x in batch.items()))
+    torch.manual_seed(1)  # noise is drawn part by part, so the whole batch is put together from the same parts
+    parts = [x.split(4 if noise else 10) for x in batch.values()]
+    whole = gradients(*(torch.cat([train.embed(model, m, part, amp) for part in xs]) for m, xs in zip(batch, parts)))
+    assert whole.norm() > 1 and torch.allclose(micro, whole, atol=1e-5)
+
+
+def test_a_dry_run_adds_up_what_its_probe_measures_and_writes_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "probe", lambda config, learns, *_: (0.001, 0.002 * learns, 1e6 * learns))
+
+    def plan(*options):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", "--pair", "image-audio", "--preset", "huge", *options])
+        train.main()
+        return capsys.readouterr().out
+
+    epoch = 2_000_000 * 1.25 // 2048 * 2048 / 3600  # of AudioSet, in ms/pair to hours
+    whole, split = plan(), plan("--world-size", "8", "--micro-batch", "64")
+    assert f"epoch: 1220 steps of 2048 pairs, processes: 1, {epoch * 0.004:.3g} h" in whole
+    assert f"1220 steps of 2048 pairs, processes: 8, {epoch * 0.005 / 8:.3g} h" in split  # embeds the learning one twice
+    assert "activations of 2048 pairs" in whole and "activations of 64 pairs" in split
+    assert f"{(632.8 * 4 + 86.2 * 16) / 1000:.2f} GB weights" in whole and not list(tmp_path.iterdir())
+
+
+def test_the_probe_counts_what_is_kept_for_the_backward_pass():
+    config = train.preset("tiny", "imu")
+    _, _, kept = train.probe(config, True, None, 0.0, torch.device("cpu"), 3)
+    per_block = 18 * config.tokens * config.width * 4  # norms, q, k, v with the extra one, scores' sums, MLP; float32
+    assert kept == pytest.approx(config.depth * per_block, rel=0.3)
+    assert train.probe(config, False, None, 0.0, torch.device("cpu"), 3)[2] == 0
 
 
 def test_fp16_passes_over_a_step_that_overflows(run, monkeypatch, tmp_path):
