@@ -356,12 +356,15 @@ class View:
         width, height = min(1.0, math.sqrt(area * aspect)), min(1.0, math.sqrt(area / aspect))
         return cls(width, height, rng.random(), rng.random(), rng.random() < 0.5)
 
-    def crop(self, x, size):
-        """(B, C, H, W), uint8 or float -> (B, C, size, size) of the same kind, antialiased bicubic."""
-        H, W = x.shape[-2:]
+    def box(self, H, W):
+        """The rows and columns that it shows of a picture (H, W)."""
         h, w = max(1, round(H * self.height)), max(1, round(W * self.width))
         top, left = round((H - h) * self.y), round((W - w) * self.x)
-        x = x[..., top : top + h, left : left + w]
+        return slice(top, top + h), slice(left, left + w)
+
+    def crop(self, x, size):
+        """(B, C, H, W), uint8 or float -> (B, C, size, size) of the same kind, antialiased bicubic."""
+        x = x[..., *self.box(*x.shape[-2:])]
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False)
         return x.flip(-1) if self.flip else x
 
@@ -1062,6 +1065,11 @@ class Shards(Table):
     def __len__(self):
         return self.size
 
+    def fingerprint(self):
+        """SHA-256 of the shards' names, sizes and times: reading a terabyte to know it again would cost too much."""
+        facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
     def summary(self, shard):
         """Number of samples of a shard, and their columns."""
         count, columns = 0, set()
@@ -1117,9 +1125,12 @@ class Shards(Table):
             raise DataError(f"damaged or cut off at byte {index % SHARD:,}; what follows in it is left out")
         if column not in columns:
             raise DataError(f"no {column} in it")
+        at, size = columns[column]
+        if size > MAX_BYTES:
+            raise DataError(f"{size:,} bytes of {column}, more than {MAX_BYTES:,}")
         with open(self.paths[index // SHARD], "rb") as file:
-            file.seek(columns[column][0])
-            return file.read(columns[column][1])
+            file.seek(at)
+            return file.read(size)
 
     def name(self, index):
         return f"{self.paths[index // SHARD].name}:{self.sample(index)[0] or 'damaged'}"

@@ -79,23 +79,48 @@ def report_error(error, status):
 # Embeddings and metrics
 
 
-def embed_items(model, source, modality, batch_size=64, workers=0, limit=None):
+def embed_items(model, source, modality, batch_size=64, workers=0, limit=None, parts=()):
     """Embeddings (N, E) of the source's items on the CPU, their indices (N,), and the Bad ones.
 
-    Rows of one item differ in their text alone: anything else of them is embedded once.
+    Rows of one item differ in their text alone: anything else of them is embedded once. With parts, as
+    PARTS, each of a picture's is embedded: (N, K, E).
     """
-    samples = data.Samples(source, {modality: model.encoder(modality).config})
+    configs = {modality: model.encoder(modality).config}
+    samples = PictureParts(source, configs, parts) if parts else data.Samples(source, configs)
     order = [i for i in itertools.islice(source.indices(), limit) if modality == "text" or source.item(i) == i]
     loader = torch.utils.data.DataLoader(samples, batch_size, sampler=order, num_workers=workers, collate_fn=data.collate)
     embeddings, indices, bad = [], [], []
     for batch, unread in tqdm(loader, desc=f"embedding {modality}", leave=False, disable=None):
         bad += unread
         if batch is not None:
-            embeddings.append(model.embed(modality, batch[modality]).cpu())
+            x = batch[modality]
+            z = model.embed(modality, x.flatten(0, 1)).unflatten(0, (len(x), -1)) if parts else model.embed(modality, x)
+            embeddings.append(z.cpu())
             indices.append(batch["index"])
     if not embeddings:
         raise data.DataError(f"no {modality} could be read, the first: {bad[0].reason}")
     return torch.cat(embeddings), torch.cat(indices), bad
+
+
+# Squares of 55 % of a picture's sides: the middle, and beside it to the left, to the right, above and below
+PARTS = [data.View(0.55, 0.55, x, y, flip=False) for x, y in ((0.5, 0.5), (0, 0.5), (1, 0.5), (0.5, 0), (0.5, 1))]
+
+
+class PictureParts(data.Samples):
+    """Evaluation tensors (K, 3, H, W) of pictures cut to each of several Views."""
+
+    def __init__(self, source, configs, views):
+        super().__init__(source, configs)
+        self.views = views
+
+    def __getitem__(self, index):
+        try:
+            with data.naming(self.source.name(index)):
+                x = self.source.read(index, "image")
+                parts = [data.transform("image", x[view.box(*x.shape[:2])], self.configs["image"]) for view in self.views]
+        except data.DataError as error:
+            return data.Bad(self.source.name(index), str(error))
+        return {"index": torch.tensor(index), "image": torch.stack(parts)}
 
 
 def embed_texts(model, texts, batch_size=256):
@@ -147,6 +172,20 @@ def ranks(queries, gallery, query_labels, gallery_labels):
 def recall_at_k(queries, gallery, query_labels, gallery_labels, k=1):
     """Share of queries (Q, E) with an item of their own label among the k nearest of the gallery (G, E)."""
     return (ranks(queries, gallery, query_labels, gallery_labels) <= k).float().mean().item()
+
+
+def nearest_to_sum(parts, gallery, k=1):
+    """The k items nearest to the sum of parts [(Q, E), ...]: cosines and indices into the gallery, (Q, k) each.
+
+    An item of the gallery (G, E), or of several embeddings (G, K, E): these are searched for each part by itself,
+    the nearest counts, and the similarities are added up, as adding the parts up does where there is but one.
+    """
+    gallery, found = gallery.unsqueeze(1) if gallery.ndim == 2 else gallery, []
+    for part in blocks(len(parts[0]), gallery[..., 0].numel()):
+        scores = sum((z[part] @ gallery.flatten(0, 1).T).unflatten(1, gallery.shape[:2]).amax(dim=2) for z in parts)  # (q, G)
+        top = scores.topk(k)
+        found.append((top.values / sum(z[part] for z in parts).norm(dim=1, keepdim=True), top.indices))
+    return tuple(torch.cat(column) for column in zip(*found))
 
 
 def mean_average_precision(z, truth, classes):
@@ -457,15 +496,21 @@ def arithmetic(args, model, source):
         if modality not in MODALITIES:
             raise UsageError(f"--add takes MODALITY=ITEM with one of {', '.join(MODALITIES)}, not {modality!r}")
     require(model, None, *(modality for modality, _ in parts), args.gallery)
-    loaded = [data.load(m, item, model.encoder(m).config)[None] for m, item in parts]
-    z = F.normalize(sum(model.embed(m, x).cpu() for (m, _), x in zip(parts, loaded)), dim=-1)
-    g, indices, bad = embed_items(model, source, args.gallery, args.batch_size, args.workers)
-    scores, nearest = (z @ g.T)[0].topk(min(args.top, len(g)))
-    rows = [int(indices[n]) for n in nearest]
-    found = [{"item": source.about(i, args.gallery), "similarity": score} for i, score in zip(rows, scores.tolist())]
+    z = [model.embed(m, data.load(m, item, model.encoder(m).config)[None]).cpu() for m, item in parts]
+    g, indices, bad = embed_items(model, source, args.gallery, args.batch_size, args.workers, parts=picture_parts(args))
+    scores, nearest = nearest_to_sum(z, g, min(args.top, len(g)))
+    rows = [int(indices[n]) for n in nearest[0]]
+    found = [{"item": source.about(i, args.gallery), "similarity": score} for i, score in zip(rows, scores[0].tolist())]
     lines = [f"  {item['similarity']:.3f}  {item['item']}" for item in found]
     print(f"{' + '.join(args.add)}, nearest of {len(g)} items:", *lines, sep="\n")
     return {"add": args.add, "gallery": args.gallery, "items": len(g), "absent": source.absent, **unreadable(bad), "found": found}
+
+
+def picture_parts(args):
+    """PARTS where --by-parts is given."""
+    if args.by_parts and args.gallery != "image":
+        raise UsageError(f"--by-parts cuts pictures up: it goes with --gallery image, not {args.gallery}")
+    return PARTS if args.by_parts else ()
 
 
 def toy_arithmetic(args, model):
@@ -478,21 +523,23 @@ def toy_arithmetic(args, model):
     scenes, single, queries = toy_arithmetic_worlds(size)
     require(model, scenes, args.gallery, *args.parts)
 
-    def embed(world, modality):
-        return embed_items(model, world, modality, args.batch_size, args.workers)[0]
+    def embed(world, modality, parts=()):
+        return embed_items(model, world, modality, args.batch_size, args.workers, parts=parts)[0]
 
     shown = torch.tensor([scenes.concepts(i)[:: 1 - 2 * (i % 2)] for i in range(size)])  # (size, 2); odd: right one first
     pair = shown.amin(1) * C + shown.amax(1)  # the same number for the same two concepts
-    gallery = torch.cat([embed(scenes, args.gallery), embed(single, args.gallery)])
+    gallery = torch.cat([embed(world, args.gallery, picture_parts(args)) for world in (scenes, single)])
     labels = torch.cat([pair, torch.tensor([(C + 1) * single.label(i) for i in range(size)])])
     asked = shown + C * (torch.arange(size) // C)[:, None]  # a sample that shows the concept alone
     first, second = (embed(queries, m)[asked[:, side]] for side, m in enumerate(args.parts))
-    result = {"parts": args.parts, "gallery": args.gallery, "queries": size, "items": len(gallery), "bad": 0}
-    total = F.normalize(first + second, dim=-1)
-    for name, q in (("sum", total), ("first alone", first), ("second alone", second)):
-        result[name] = recall_at_k(q, gallery, pair, labels)
+    result = {"parts": args.parts, "gallery": args.gallery, "by_parts": args.by_parts, "queries": size,
+              "items": len(gallery), "bad": 0}
+    found = {"sum": [first, second], "first alone": [first], "second alone": [second]}
+    for name, added in found.items():
+        found[name] = nearest_to_sum(added, gallery, args.top)[1]
+        result[name] = (labels[found[name][:, 0]] == pair).double().mean().item()
         print(f"{name:14} {result[name]:6.1%} of {size} queries find, first of {len(gallery)}, a scene that shows both")
-    found = (total[: args.top] @ gallery.T).topk(min(args.top, len(gallery))).indices  # (top, top)
+    found = found["sum"][: args.top]  # (top, top)
     right = labels[found] == pair[: len(found), None]
     result["examples"] = [{"add": a, "found": f, "right": r} for a, f, r in zip(*(x.tolist() for x in (asked, found, right)))]
     return result
@@ -677,6 +724,7 @@ def main():
     add["fewshot"]("--l2", type=float, default=1e-3, help="weight of the probe's regularisation")
     add["arithmetic"]("--add", nargs="+", metavar="MODALITY=ITEM", help="what to add up: files, or text")
     add["arithmetic"]("--gallery", choices=MODALITIES, default="image", help="what is searched")
+    add["arithmetic"]("--by-parts", action="store_true", help="search five squares of each picture, which may show many things")
     add["arithmetic"]("--parts", choices=MODALITIES, nargs=2, default=["image", "audio"], help="without --add, in the toy world")
     add["arithmetic"]("--scenes", type=positive, default=512, help="and how many; the gallery holds as many single things")
     add["arithmetic"]("--top", type=positive, default=5, help="how many found items to show")

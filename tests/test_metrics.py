@@ -45,6 +45,16 @@ def test_one_embedding_for_everything_scores_nothing():
     assert evaluate.recall_at_k(same * torch.nan, same, torch.arange(9), torch.arange(9), k=8) == 0
 
 
+def test_a_sum_is_searched_for_as_its_parts_are():
+    a, b, g = (F.normalize(torch.randn(n, 6, generator=torch.Generator().manual_seed(n)), dim=-1) for n in (8, 8, 30))
+    cosine, nearest = evaluate.nearest_to_sum([a, b], g, k=30)
+    expected = F.normalize(a + b, dim=-1) @ g.T
+    assert torch.allclose(cosine, expected.gather(1, nearest), atol=1e-6) and (cosine.diff(dim=1) <= 0).all()
+    views = g.unflatten(0, (10, 3))  # ten items of three embeddings each
+    best = [max(range(10), key=lambda i: sum(max(float(z[q] @ v) for v in views[i]) for z in (a, b))) for q in range(8)]
+    assert evaluate.nearest_to_sum([a, b], views)[1][:, 0].tolist() == best
+
+
 def area_under_steps(scores, truth):
     """Average precision by its definition: the sum over thresholds of precision times what recall gains there."""
     total, recall = 0.0, 0.0
@@ -162,6 +172,26 @@ def test_arithmetic_finds_what_it_adds(call, tmp_path):
     write(tmp_path, {"a.csv": "audio,text\n" + "".join(f"{name},a sound\n" for name in sounds)} | sounds)
     found = call("arithmetic", "--add", "audio=car.wav", "audio=car.wav", "--gallery", "audio", "--data", "a.csv")["found"]
     assert len(found) == 3 and found[0]["item"] == "car.wav" and found[0]["similarity"] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_parts_of_a_picture_are_searched_one_by_one():
+    world, z = data.ToyWorld("test", 4, crowded=1.0), torch.eye(4)
+
+    class Ink:  # embeds a picture as the quarter of it that is the brightest
+        def encoder(self, modality):
+            return ImageBind([preset("tiny", "image")]).encoder("image")
+
+        def embed(self, modality, x):
+            quarters = F.adaptive_avg_pool2d(x.mean(dim=1, keepdim=True), 2).flatten(1)
+            return z[quarters.argmax(dim=1)]
+
+    halves = [data.View(0.5, 1.0, side, 0.0, False) for side in (0.0, 1.0)]
+    found, indices, bad = evaluate.embed_items(Ink(), world, "image", parts=halves)
+    for i, parts in zip(indices.tolist(), found):
+        x = torch.from_numpy(world.read(i, "image")).float().mean(dim=2)
+        for half, part in zip(x.chunk(2, dim=1), parts):
+            assert part.argmax() == F.adaptive_avg_pool2d(half[None, 10:30], 2).flatten().argmax()  # its middle square
+    assert found.shape == (4, 2, 4) and not bad
 
 
 def test_suite_goes_on_where_it_stopped(call, tmp_path, monkeypatch):
