@@ -783,7 +783,7 @@ class Table:
         with naming(path):
             with self._open() as file:
                 self.offsets = row_offsets(file)  # (rows + 2,): of the header, of each row, of the end
-            self.header = self._cells(0)
+                self.header = self._cells(0, file)
         self.columns = [c for c in self.header if c in MODALITIES]
         self.multi_label = "labels" in self.header
         if classes is not None:
@@ -809,21 +809,23 @@ class Table:
     def _open(self):
         return open(self.path, "rb") if self.content is None else io.BytesIO(self.content)
 
-    def _cells(self, line):
-        with self._open() as file:
-            size = int(self.offsets[line + 1] - self.offsets[line])
-            if size > MAX_ROW:
-                raise DataError(f"a row of {size:,} bytes: is there a quote that opens and never closes?")
-            file.seek(self.offsets[line])
-            content = file.read(size)
-        return next(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")), [])
+    def _cells(self, line, file):
+        size = int(self.offsets[line + 1] - self.offsets[line])
+        if size > MAX_ROW:
+            raise DataError(f"a row of {size:,} bytes: is there a quote that opens and never closes?")
+        file.seek(self.offsets[line])
+        return next(csv.reader(io.StringIO(file.read(size).decode("utf-8-sig"), newline="")), [])
 
-    def row(self, index):
+    def _row(self, index, file):
         with naming(self.name(index)):
-            cells = self._cells(index + 1)
+            cells = self._cells(index + 1, file)
             if any(cells[len(self.header):]):
                 raise DataError(f"{len(cells)} cells under {len(self.header)} columns; a text with commas stands in quotes")
         return dict.fromkeys(self.header, "") | dict(zip(self.header, cells))
+
+    def row(self, index):
+        with self._open() as file:
+            return self._row(index, file)
 
     def name(self, index):
         return f"{self.path.name}:{index + 1}"
@@ -852,11 +854,13 @@ class Table:
             return cut(READERS[modality](self.locate(cell), **{k: float(row[k]) for k in keys if row.get(k)}), modality, row)
 
     def rows(self):
-        """Every row in order, as `row` gives it; by one pass over the file, 20 times as fast."""
+        """Every row in order, by one opening of the file; of a row that cannot be read, empty cells."""
         with self._open() as file:
-            lines = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
-            next(lines)
-            yield from (dict.fromkeys(self.header, "") | dict(zip(self.header, cells)) for cells in lines)
+            for index in range(len(self)):
+                try:
+                    yield self._row(index, file)
+                except DataError:
+                    yield dict.fromkeys(self.header, "")
 
     @cached_property
     def names_by_label(self):

@@ -263,7 +263,6 @@ def synchronise(*numbers):
     if processes() == 1:
         return numbers
     total = torch.tensor(numbers, dtype=torch.float64)
-    total = total.cuda() if dist.get_backend() == "nccl" else total
     dist.all_reduce(total)
     return total.tolist()
 
@@ -472,7 +471,8 @@ def choose_amp(name, device):
 
 def start_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))  # rank 0 evaluates alone
+        # CPU tensors go by gloo on every device: there the death of a process is an error at once. An hour: rank 0 evaluates alone
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
 
 
 def initial_model(args, pairs, run):
@@ -689,7 +689,13 @@ def main():
         folder = new_folder(args)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, STOP.catch)
-    train(args, Run(folder))
+    try:
+        train(args, Run(folder))
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise RunError(f"another process ended ({reason}); go on with --resume {folder}, of any number of processes") from None
     if dist.is_initialized():
         dist.destroy_process_group()
 

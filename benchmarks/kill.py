@@ -5,6 +5,8 @@
 
 Every other kill waits until a file is just being written. A case holds if what the last resume
 leaves (weights, log, results) is what the run left alone left, bit for bit; its steps save each time.
+Last, one of two processes is killed: the other must end within a minute and say why, and one process
+goes on to the losses of the run left alone, to 1e-4.
 """
 
 import argparse
@@ -32,6 +34,7 @@ CASES = {  # name -> options beside TRAIN
     "workers": ["--samples", "160", "--workers", "2", "--amp", "bf16"],
     "manifest": ["--data", "pairs.csv", "--preset", "tiny", "--init", "anchor.pt", "--workers", "2", "--amp", "off"],
     "suite": None,  # evaluate.py suite
+    "processes": ["--samples", "160", "--workers", "0", "--amp", "off"],  # of two, one dies
 }
 
 
@@ -109,6 +112,30 @@ def kill_once(case, out, folder, seconds, wait_for_write):
     return False
 
 
+def kill_one_of_two(folder):
+    """Whether the other process ends within a minute with the reason, and one process goes on to the same losses."""
+    alone, out = folder / "processes-alone", folder / "processes-two"
+    expected, _ = finish("processes", alone, folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py",
+               *TRAIN[1:], *CASES["processes"], "--out", out]
+    torchrun = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE, text=True)
+    log = out / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
+        time.sleep(0.01)
+    ranks = subprocess.run(["pgrep", "-P", str(torchrun.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
+    os.kill(int(random.choice(ranks)), signal.SIGKILL)
+    begun = time.monotonic()
+    _, errors = torchrun.communicate()
+    seconds, reason = time.monotonic() - begun, [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    events, _ = finish("processes", out, folder)
+    losses = [[e["loss"] for e in run if e["event"] == "step"] for run in (expected, events)]
+    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    print(f"processes: one of {len(ranks)} killed, the other ended {seconds:.0f} s later, {reason[:1]}; resumed by one process, "
+          f"losses equal to {difference:.0e}")
+    return torchrun.returncode != 0 and seconds < 60 and bool(reason) and difference < 1e-4
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
@@ -125,6 +152,9 @@ def main():
         anchor = ["--pair", "image-text", "--steps", "20", "--samples", "1280", "--workers", "0", "--out", "runs/toy-anchor"]
         subprocess.run([sys.executable, ROOT / "train.py", *anchor], cwd=folder, check=True, capture_output=True)
         for case in args.cases or CASES:
+            if case == "processes":
+                failed = not kill_one_of_two(folder) or failed
+                continue
             begun = time.monotonic()
             expected = finish(case, folder / f"{case}-alone", folder)
             seconds, kills, writing, runs, same = time.monotonic() - begun, 0, 0, 0, True
