@@ -817,14 +817,13 @@ class Table:
         return next(csv.reader(io.StringIO(file.read(size).decode("utf-8-sig"), newline="")), [])
 
     def _row(self, index, file):
-        with naming(self.name(index)):
-            cells = self._cells(index + 1, file)
-            if any(cells[len(self.header):]):
-                raise DataError(f"{len(cells)} cells under {len(self.header)} columns; a text with commas stands in quotes")
+        cells = self._cells(index + 1, file)
+        if any(cells[len(self.header):]):
+            raise DataError(f"{len(cells)} cells under {len(self.header)} columns; a text with commas stands in quotes")
         return dict.fromkeys(self.header, "") | dict(zip(self.header, cells))
 
     def row(self, index):
-        with self._open() as file:
+        with naming(self.name(index)), self._open() as file:
             return self._row(index, file)
 
     def name(self, index):
@@ -859,7 +858,7 @@ class Table:
             for index in range(len(self)):
                 try:
                     yield self._row(index, file)
-                except DataError:
+                except (ValueError, csv.Error):  # DataError and UnicodeDecodeError are ValueErrors
                     yield dict.fromkeys(self.header, "")
 
     @cached_property

@@ -471,7 +471,7 @@ def choose_amp(name, device):
 
 def start_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # CPU tensors go by gloo on every device: there the death of a process is an error at once. An hour: rank 0 evaluates alone
+        # CPU tensors always go by gloo, where the death of a process is an error at once. An hour: rank 0 evaluates alone
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
 
 
