@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -94,6 +95,21 @@ def test_blocks_do_not_show_in_a_resampled_sound():
         ratio = data.Fraction(rate, data.SAMPLE_RATE)
         whole = data.torchaudio.functional.resample(wave, rate, data.SAMPLE_RATE)
         assert torch.equal(data.resample(wave, ratio), whole) and torch.equal(data.resample(wave, ratio, block=7000), whole)
+
+
+def test_of_a_long_compressed_recording_the_clip_alone_is_decoded(tmp_path, monkeypatch):
+    pytest.importorskip("torchcodec")
+    if not shutil.which("ffmpeg"):
+        pytest.skip("no FFmpeg")
+    (tmp_path / "a.flac").write_bytes(damage.sound(".flac", "aevalsrc=sin(300*t*t):d=10:s=16000"))
+    (tmp_path / "m.csv").write_text("audio,start,seconds\na.flac,4,2\na.flac,0,10\na.flac,30,2\n")
+    source, whole = data.open_data(str(tmp_path / "m.csv")), data.read_audio(tmp_path / "a.flac")
+    assert whole.shape == (1, 160_000) and torch.equal(source.read(0, "audio"), whole[:, 64_000:96_000])
+    assert torch.equal(source.read(1, "audio"), whole) and torch.equal(source.read(2, "audio"), whole)  # clips already
+    monkeypatch.setattr(data, "MAX_SAMPLES", 100_000)
+    assert torch.equal(source.read(0, "audio"), whole[:, 64_000:96_000])
+    with pytest.raises(data.DataError, match="a.flac: more than 100,000 samples"):
+        source.read(1, "audio")
 
 
 @pytest.mark.parametrize("rows,reason", [
