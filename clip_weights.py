@@ -34,7 +34,7 @@ import regex
 import torch
 from tqdm import tqdm
 
-from model import ACTIVATIONS, PRESETS, Encoder, EncoderConfig, ImageBind, read_checkpoint, require_stored, save_atomic
+from model import PRESETS, Encoder, EncoderConfig, ImageBind, read_checkpoint, require_stored, require_uncompressed, save_atomic
 
 # ---------------------------------------------------------------------------------------------
 # Files by name
@@ -141,6 +141,8 @@ def read_archive(archive, root):
     torch.jit.load would run the code. Here modules become empty objects that only keep their
     attributes, the names on a short list rebuild tensors, and any other name is refused.
     """
+    require_uncompressed(member for member in archive.infolist() if not member.filename.startswith(f"{root}/code/"))
+
     def rebuild(storage, offset, size, stride, *_):
         return storage.as_strided(size, stride, offset)  # which checks the bounds
 
@@ -358,7 +360,7 @@ def tower_config(layout, modality, tensors, config, quick, heads):
                          f"say it as heads, {modality}=N")
     if n < 1 or width % n:
         raise ValueError(f"{n} heads do not divide the {modality} encoder's width of {width}")
-    if activation not in ACTIVATIONS:
+    if activation not in ("gelu", "quick_gelu"):
         raise ValueError(f"the {modality} encoder's activation is {activation}, neither gelu nor quick_gelu")
     config = EncoderConfig(
         modality, width=width, heads=n, embed_dim=proj.shape[1 if layout is CLIP else 0],

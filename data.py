@@ -831,7 +831,7 @@ class Table:
 
     def locate(self, cell):
         """The path that a cell stands for."""
-        if not self.allow_outside and (os.path.isabs(cell) or Path(os.path.normpath(cell)).parts[:1] == ("..",)):
+        if not self.allow_outside and (Path(cell).anchor or Path(os.path.normpath(cell)).parts[:1] == ("..",)):
             raise DataError(f"{cell}: outside the manifest's folder, read only with --allow-outside")
         return self.root / cell
 

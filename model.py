@@ -367,10 +367,15 @@ class ImageBind(nn.Module):
 def read_checkpoint(path, mmap=False):
     """What torch.save wrote, on the CPU: tensors and plain data, never code. Raises what torch.load does, or ValueError."""
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # PyTorch compresses nothing: such a file could grow a thousandfold
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("its contents are compressed, as no checkpoint's are")
+        with zipfile.ZipFile(path) as archive:
+            require_uncompressed(archive.infolist())
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def require_uncompressed(members):
+    """ValueError if members of a zip are compressed: PyTorch compresses no tensor, and they could grow a thousandfold."""
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("its contents are compressed, as no checkpoint's are")
 
 
 def require_stored(tensors):

@@ -152,7 +152,7 @@ def absurd_wavs():
         yield wav(tone(), rate)
     for value in (np.nan, np.inf, 3e38, 1e30, 1e-45):
         yield wav(np.full(16000, value, np.float32), kind=3)
-        yield wav((tone(dtype=np.float32, scale=1) * np.float32(min(value, 3e38))), kind=3)
+        yield wav(tone(dtype=np.float32, scale=1) * np.float32(min(value, 3e38)), kind=3)
     yield wav(np.full(8000, 1e300), kind=3)
     for minutes, rate in ((60, 1000), (30, 8000), (12, 44100), (11, 47999), (30, 48000)):  # the last of 173 MB
         yield wav(np.zeros(minutes * 60 * rate, np.int16), rate)
