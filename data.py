@@ -356,6 +356,12 @@ class View:
         width, height = min(1.0, math.sqrt(area * aspect)), min(1.0, math.sqrt(area / aspect))
         return cls(width, height, rng.random(), rng.random(), rng.random() < 0.5)
 
+    @classmethod
+    def centre(cls, x):
+        """The middle square of (..., H, W), as in evaluation."""
+        H, W = x.shape[-2:]
+        return cls(min(1.0, H / W), min(1.0, W / H), 0.5, 0.5, False)
+
     def box(self, H, W):
         """The rows and columns that it shows of a picture (H, W)."""
         h, w = max(1, round(H * self.height)), max(1, round(W * self.width))
@@ -370,7 +376,10 @@ class View:
 
 
 def transform(modality, x, config, rng=None, view=None):
-    """What was read -> the encoder's tensor; with an rng (and a View for pictures), as in training. Finite, or DataError."""
+    """What was read -> the encoder's tensor: finite, or DataError.
+
+    With an rng as in training, where a picture's View is its centre if not given.
+    """
     x = TRANSFORMS[modality](x, config, rng, view)
     if not x.isfinite().all():
         raise DataError(f"its {modality} has values so extreme that its tensor is not finite")
@@ -378,19 +387,21 @@ def transform(modality, x, config, rng=None, view=None):
 
 
 def transform_image(x, config, rng, view):
-    if view is None:
+    if rng is None:
         x = resize_and_crop(Image.fromarray(x), config.input_shape[-1])
         return normalise(torch.from_numpy(np.array(x)).permute(2, 0, 1).float() / 255)
-    x = view.crop(torch.from_numpy(x).permute(2, 0, 1)[None], config.input_shape[-1])  # in uint8, many times faster
+    x = torch.from_numpy(x).permute(2, 0, 1)[None]
+    x = (view or View.centre(x)).crop(x, config.input_shape[-1])  # in uint8, many times faster
     return random_erase(normalise(colour_jitter(x.float() / 255, rng)), rng)[0]
 
 
 def transform_video(x, config, rng, view):
     """Evaluation: clips of 2 s spread evenly, each cut to three squares along the longer side."""
     frames, size = config.input_shape[1], config.input_shape[-1]
-    if view is not None:
+    if rng is not None:
         start = rng.random() * max(0.0, x.count / x.fps - CLIP_SECONDS)
-        clip = view.crop(x.frames(clip_frames(x, start, frames)), size).float() / 255
+        clip = x.frames(clip_frames(x, start, frames))
+        clip = (view or View.centre(clip)).crop(clip, size).float() / 255
         return random_erase(normalise(colour_jitter(clip, rng)), rng).transpose(0, 1)
     clips = []
     for start in spread(x.count / x.fps, CLIP_SECONDS, VIDEO_CLIPS):
@@ -467,9 +478,10 @@ def transform_depth(x, config, rng, view):
 
 def transform_map(x, config, rng, view):
     """A one-channel picture (H, W) float -> (1, size, size), resized and cropped as images are."""
-    if view is None:
+    if rng is None:
         return torch.from_numpy(np.array(resize_and_crop(Image.fromarray(x), config.input_shape[-1])))[None]
-    return random_erase(view.crop(torch.from_numpy(x)[None, None], config.input_shape[-1]), rng)[0]
+    x = torch.from_numpy(x)[None, None]
+    return random_erase((view or View.centre(x)).crop(x, config.input_shape[-1]), rng)[0]
 
 
 def transform_imu(x, config, rng, view):
@@ -961,6 +973,7 @@ COLUMN_OF = {"jpg": "image", "jpeg": "image", "png": "image", "wav": "audio", "f
 TAR_END = 1024 + 10240  # bytes at most that end a tar: two blocks of zeros, filled up to a record
 COUNTED = 16  # shards whose samples are counted to know the size of an epoch
 BUFFER = 4096  # samples that a shuffled stream chooses from
+BLOCK = 1024  # items whose cached embeddings share a file
 SHARD = 2**40  # index of a sample: this times its shard's number, and the byte where it begins
 
 
@@ -1222,6 +1235,7 @@ def audioset(root, split):
 
 
 def esc50(root, split):
+    """All five folds for either split: sounds alone, so that there is no pair to train on."""
     sounds = files_below(root, "audio")["audio"]
     return ({"audio": sounds.get(Path(row["filename"]).stem), "label": row["category"].replace("_", " "), "fold": row["fold"]}
             for row in rows_of(root, "meta/esc50.csv")), None
@@ -1484,28 +1498,99 @@ class Samples(torch.utils.data.Dataset):
 
     Keys are an index (evaluation transform) or (draw, index): the training transform, whose
     randomness depends on the draw's number alone and not on the worker that happens to make it.
+    With a Cache the draw chooses one of its views, which is then that of all pictures of the sample.
     """
 
-    def __init__(self, source, configs, seed=0):
-        self.source, self.configs, self.seed = source, configs, seed
+    def __init__(self, source, configs, seed=0, cache=None):
+        self.source, self.configs, self.seed, self.cache = source, configs, seed, cache
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, key):
         draw, index = key if isinstance(key, tuple) else (None, key)
-        rng = view = None
-        if draw is not None:
-            rng = np.random.default_rng([self.seed, draw])
-            view = View.draw(rng, self.source.crop_scale)
+        if draw is None:
+            return self.sample(index)
+        rng = np.random.default_rng([self.seed, draw])
+        if self.cache is None:
+            return self.sample(index, rng, View.draw(rng, self.source.crop_scale))
+        number = int(rng.integers(self.cache.views))
+        return self.sample(index, rng, fixed_view(self.source, index, number)[1], number)
+
+    def sample(self, index, rng=None, view=None, number=None):
         sample = {"index": torch.tensor(index)}
         try:
-            for modality, config in self.configs.items():
-                with naming(self.source.name(index)):
+            with naming(self.source.name(index)):
+                for modality, config in self.configs.items():
                     sample[modality] = transform(modality, self.source.read(index, modality), config, rng, view)
+                if number is not None:
+                    sample[self.cache.modality] = self.cache.look_up(index, number)
         except DataError as error:
             return Bad(self.source.name(index), str(error))
         return sample
+
+
+def fixed_view(source, index, number):
+    """Random numbers and View of one of the views of an item that are cached; the first is that of evaluation."""
+    if number == 0:
+        return None, None
+    rng = np.random.default_rng([index, number])
+    return rng, View.draw(rng, source.crop_scale)
+
+
+class FixedViews(Samples):
+    """The tensors whose embeddings are cached; keys are (number of the view, index)."""
+
+    def __getitem__(self, key):
+        number, index = key
+        return self.sample(index, *fixed_view(self.source, index, number))
+
+
+class Cache:
+    """Embeddings on disk of a frozen anchor: `views` of each item, a file for every block of items, or shard."""
+
+    def __init__(self, folder, source, modality, views):
+        self.folder, self.modality, self.views, self.opened = folder, modality, views, {}
+        self.unit, self.blocks = BLOCK, -(-len(source) // BLOCK)
+        if isinstance(source, Shards):
+            self.unit, self.blocks = SHARD, len(source.paths)
+
+    def path(self, block):
+        return self.folder / f"{block:06d}.pt"
+
+    def indices(self, source, block):
+        """The items of a block, in rising order."""
+        if self.unit == SHARD:
+            return list(source.indices([block]))
+        return list(range(block * BLOCK, min((block + 1) * BLOCK, len(source))))
+
+    def keys(self, source, block, batch_size=64):
+        """Batches of keys for FixedViews, each of one view, that embed a block."""
+        indices = self.indices(source, block)
+        return [[(number, index) for index in indices[at : at + batch_size]]
+                for number in range(self.views) for at in range(0, len(indices), batch_size)]
+
+    def look_up(self, index, number):
+        """The embedding (E,) of an item's view, memory-mapped; DataError if the item could not be read."""
+        block = index // self.unit
+        if block not in self.opened:
+            self.opened[block] = torch.load(self.path(block), mmap=True, weights_only=True)
+        kept = self.opened[block]  # indices (n,), embeddings (n, views, E)
+        z = kept["embeddings"][torch.searchsorted(kept["indices"], index), number]
+        if z.isnan().any():
+            raise DataError(f"its {self.modality} could not be read when its embedding was made")
+        return z.clone()
+
+
+def fingerprint(source, modality):
+    """Of what a source's modality is read from: another if its table, or the size or time of any of its files, changes."""
+    digest, files = hashlib.sha256(source.fingerprint().encode()), ()
+    if isinstance(source, Table) and not isinstance(source, Shards) and modality != "text":
+        files = (source.root / row[modality].strip() for row in source.rows())
+    for path in files:
+        stat = path.stat() if path.is_file() else None
+        digest.update(f"{path.absolute()} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
 
 
 def collate(samples):

@@ -12,6 +12,7 @@ The anchor is the first of the pair that already has weights (the toy anchor, or
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -76,6 +77,8 @@ def parse_args(argv=None):
     add("--token-drop", type=float, default=0.0, help="share of the learning encoder's patches that each step leaves out")
     add("--temperature", help="a fixed temperature, or 'learned' (default: SETTINGS)")
     add("--steps", type=int, help="stop the schedule after this many steps instead of whole epochs")
+    add("--cache-anchor", type=int, nargs="?", const=1, metavar="VIEWS",
+        help="embed each item of the frozen anchor once, in so many augmented views (default 1: as in evaluation)")
     add("--samples", type=int, help="size of the toy world, or of an epoch of shards")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA, off on the CPU")
     add("--compile", action="store_true", help="torch.compile the encoders")
@@ -90,7 +93,7 @@ def parse_args(argv=None):
     if not args.pair and (args.dry_run or not args.resume):
         raise UsageError("name a --pair, such as image-audio, or a run to --resume")
     for name in ("epochs", "batch_size", "lr", "clip_grad", "replicate", "steps", "samples",
-                 "micro_batch", "world_size"):
+                 "micro_batch", "world_size", "cache_anchor"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be above 0")
     if not 0 <= args.token_drop < 1:
@@ -111,9 +114,14 @@ def parse_pairs(text):
     return pairs
 
 
+def anchor_of(pair, ready):
+    """The first of the pair that has weights; None if neither has."""
+    return next((m for m in pair if encoder_of(m) in ready), None)
+
+
 def learner_of(pair, ready):
-    """The modality that learns: the second, unless it alone has weights."""
-    return pair[0] if encoder_of(pair[1]) in ready and encoder_of(pair[0]) not in ready else pair[1]
+    """The modality whose settings are taken: the one that is not the anchor, of two without weights the second."""
+    return pair[0] if anchor_of(pair, ready) == pair[1] else pair[1]
 
 
 def settings_for(args, learner, size):
@@ -251,11 +259,59 @@ def freeze_anchor(model, pair, ready, args):
     model.freeze(*model.encoders)
     learn = [encoders[m] for m in pair]
     if not args.train_both and set(pair) != {"image", "text"} and encoders[pair[0]] is not encoders[pair[1]]:
-        anchor = next((m for m in pair if encoder_of(m) in ready), None)
-        learn = [encoders[m] for m in pair if m != anchor]
+        learn = [encoders[m] for m in pair if m != anchor_of(pair, ready)]
     for encoder in learn:
         encoder.requires_grad_(True).train()
     return list(dict.fromkeys(learn))
+
+
+def load_batches(samples, keys, workers, device):
+    """Batches of tensors, each with the Bad items it lacks, made ahead by `workers` processes."""
+    return iter(torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=workers, collate_fn=data.collate,
+                                            worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
+
+
+def cache_anchor(args, run, model, anchor, source, amp):
+    """Embeds --cache-anchor views of every item of the frozen anchor, and keeps them beside the run; what is kept already stays.
+
+    The folder's name is a digest of everything that an embedding depends on. A file holds a block of
+    items and appears when it is whole; each process makes every world-th.
+    """
+    encoder, views, unread = model.encoder(anchor), args.cache_anchor, []
+    rank, key = (dist.get_rank() if processes() > 1 else 0), [None]
+    if run.main:
+        code = [Path(module.__file__).read_bytes() for module in (data, sys.modules[ImageBind.__module__])]
+        parts = (data.fingerprint(source, anchor), evaluate.fingerprint(encoder), encoder.config, anchor, views, amp, code)
+        key = [hashlib.sha256(repr(parts).encode()).hexdigest()[:16]]
+    if processes() > 1:
+        dist.broadcast_object_list(key)
+    cache = data.Cache(run.folder.parent / "cache" / key[0], source, anchor, views)
+    missing = [block for block in range(rank, cache.blocks, processes()) if not cache.path(block).exists()]
+    keys = (batch for block in missing for batch in cache.keys(source, block))
+    loader = load_batches(data.FixedViews(source, {anchor: encoder.config}), keys, args.workers, encoder.pos.device)
+    for done, block in enumerate(tqdm(missing, desc=f"embedding {anchor}", unit="block", disable=None if run.main else True)):
+        if STOP.is_set:
+            raise RunError(f"stopped with {done} of {len(missing)} files of embeddings made and kept; go on with "
+                           f"python train.py --resume {run.folder}")
+        indices = torch.tensor(cache.indices(source, block))
+        z = torch.full((len(indices), views, encoder.config.embed_dim), torch.nan)
+        for batch_keys in cache.keys(source, block):
+            batch, bad = next(loader)
+            unread += bad
+            if batch is not None:
+                with torch.autocast(encoder.pos.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                    z[torch.searchsorted(indices, batch["index"]), batch_keys[0][0]] = model.embed(anchor, batch[anchor]).cpu()
+        save_atomic({"indices": indices, "embeddings": z}, cache.path(block))
+    run.name_bad(unread)  # and nobody goes on before all are here
+    return cache
+
+
+def without_anchor(model, anchor):
+    """The same encoders, but for the anchor's: a batch holds its embeddings already."""
+    rest = ImageBind([])
+    rest.encoders.update(model.encoders)
+    rest.encoders[encoder_of(anchor)] = torch.nn.Identity()
+    return rest
 
 
 def synchronise(*numbers):
@@ -296,12 +352,14 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
         for part, saved in ((criterion, "criterion"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[saved])
     rank = dist.get_rank() if processes() > 1 else 0
+    configs, cache, learning = {m: model.encoder(m).config for m in pair}, None, model
+    frozen = next((m for m in pair if model.encoder(m) not in trained), None)
+    if args.cache_anchor and frozen:
+        cache, learning = cache_anchor(args, run, model, frozen, source, amp), without_anchor(model, frozen)
+        del configs[frozen]
     keys = data.draws(source, row["batch_size"], row["steps"] // row["steps_per_epoch"] + 1, row["replicate"],
                       args.seed, start=step, rank=rank, world=processes())
-    samples = data.Samples(source, {m: model.encoder(m).config for m in pair}, args.seed)
-    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=args.workers,
-                                              collate_fn=data.collate, worker_init_fn=ignore_signals,
-                                              pin_memory=device.type == "cuda"))
+    loader = load_batches(data.Samples(source, configs, args.seed, cache), keys, args.workers, device)
     progress = tqdm(total=row["steps"], initial=step, desc=name, unit="step", disable=None if run.main else True)
     last_save = time.monotonic()
     while step < row["steps"]:
@@ -312,7 +370,7 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
                 group["lr"] = learning_rate(step - 1, row)
             torch.manual_seed(args.seed * 1_000_003 + step * processes() + rank)  # dropout: the same after a resume
             try:
-                figures = take_step(model, pair, batch, criterion, optimizer, scaler, row["clip_grad"], device, amp,
+                figures = take_step(learning, pair, batch, criterion, optimizer, scaler, row["clip_grad"], device, amp,
                                     args.micro_batch)
             except FloatingPointError as error:
                 items = ", ".join(source.name(int(i)) for i in batch["index"])

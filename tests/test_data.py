@@ -95,6 +95,16 @@ def test_pictures_of_a_sample_are_cropped_and_flipped_together():
         assert (depth == thermal).float().mean() > 0.75, index
 
 
+def test_a_drawn_sample_is_cropped_as_the_cached_view_of_its_anchor(monkeypatch):
+    crop, used = View.crop, []
+    monkeypatch.setattr(View, "crop", lambda self, x, size: used.append(self) or crop(self, x, size))
+    cache, world = data.Cache(None, ToyWorld(), "image", views=3), ToyWorld()
+    monkeypatch.setattr(cache, "look_up", lambda index, number: number)
+    samples = [Samples(world, {"depth": TINY["depth"]}, cache=cache)[(draw, 7)] for draw in range(30)]
+    fixed = [View(1.0, 1.0, 0.5, 0.5, False), *(data.fixed_view(world, 7, number)[1] for number in (1, 2))]
+    assert used == [fixed[sample["image"]] for sample in samples] and len({sample["image"] for sample in samples}) == 3
+
+
 def test_a_view_crops_where_it_says():
     x = torch.arange(16.0).expand(1, 1, 16, 16)
     left, right = (View(0.5, 1.0, place, 0.0, False).crop(x, 16) for place in (0.0, 1.0))

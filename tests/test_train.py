@@ -80,6 +80,43 @@ def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, so
     assert all(torch.equal(a[key], b[key]) for key in a) and losses(whole) == losses(tmp_path / "stopped")
 
 
+def test_a_cached_anchor_gives_the_same_losses_and_is_embedded_once_though_killed(run, monkeypatch, tmp_path):
+    options = ["--pair", "image-depth", "--samples", 150, "--steps", 6, "--batch-size", 32, "--cache-anchor", 3, "--workers", 0]
+    monkeypatch.setattr(data, "BLOCK", 40)
+    monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: None)
+    read, save, seen = data.ToyWorld.read, train.save_atomic, []
+    monkeypatch.setattr(data.ToyWorld, "read", lambda self, i, m: seen.append((self.split, m)) or read(self, i, m))
+
+    monkeypatch.setattr(train, "save_atomic", lambda obj, path: save(obj, path) or (path.name == "000001.pt" and 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        run(*options, out=tmp_path / "killed")
+    monkeypatch.setattr(train, "save_atomic", save)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "killed")])
+    train.main()
+    assert seen.count(("train", "image")) == 3 * 150  # every view of every item, and none twice
+
+    seen.clear()
+    run(*options, out=tmp_path / "again")
+    assert ("train", "image") not in seen and losses(tmp_path / "again") == losses(tmp_path / "killed")
+
+    anchor = ImageBind.load("runs/toy-anchor/model.pt")
+    views = data.FixedViews(data.ToyWorld(), {"image": train.preset("tiny", "image")})
+    monkeypatch.setattr(data.Cache, "look_up", lambda self, i, n: anchor.embed("image", views[n, i]["image"][None])[0])
+    run(*options, out=tmp_path / "live")
+    assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "again"), abs=1e-4)
+
+
+def test_a_cache_is_of_these_files_and_these_weights_alone(tmp_path):
+    path, marks = manifest(tmp_path, rows=4, broken=set()), set()
+    for change in (lambda: None, lambda: os.utime(tmp_path / "2.png", (1, 1)), (tmp_path / "3.png").unlink,
+                   lambda: path.write_text(path.read_text().replace("a ", "one "))):
+        change()
+        marks.add(data.fingerprint(data.open_data(str(path)), "image"))
+    assert len(marks) == 4
+    worlds = [data.ToyWorld(size=9), data.ToyWorld(size=8), data.ToyWorld(size=9, seed=1), data.ToyWorld("test", size=9)]
+    assert len({data.fingerprint(world, "image") for world in worlds}) == 4
+
+
 def test_two_processes_in_micro_batches_have_the_losses_of_one(workplace, tmp_path):
     options = [TRAIN, "--pair", "image-audio", "--steps", "20", "--workers", "1", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

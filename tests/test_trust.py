@@ -262,7 +262,7 @@ def test_every_result_says_what_was_left_out(tmp_path, capsys):
     source, model = data.open_data(str(tmp_path / "m.csv")), tiny("image", "text", pairs=["image-text"])
     for command, options in ((evaluate.zeroshot, {"modality": "image"}), (evaluate.fewshot, {"modality": "image"}),
                              (evaluate.retrieval, {"query": "text", "gallery": "image"}), (evaluate.matrix, {}),
-                             (evaluate.arithmetic, {"add": ["text=a thing"], "gallery": "image"})):
+                             (evaluate.arithmetic, {"add": ["text=a thing"], "gallery": "image", "by_parts": False})):
         result = command(arguments(**options), model, source)
         assert (result["bad"], result["bad_items"], result["absent"]) == (1, ["m.csv:4"], 0), command.__name__
         assert command not in (evaluate.zeroshot, evaluate.fewshot) or result["unlabelled"] == 1
@@ -272,7 +272,7 @@ def test_every_result_says_what_was_left_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("command,options", [
     (evaluate.zeroshot, {"modality": "depth"}), (evaluate.retrieval, {"query": "depth", "gallery": "text"}),
-    (evaluate.fewshot, {"modality": "thermal"}), (evaluate.arithmetic, {"add": ["text=a"], "gallery": "depth"}),
+    (evaluate.fewshot, {"modality": "thermal"}), (evaluate.arithmetic, {"add": ["text=a"], "gallery": "depth", "by_parts": False}),
     (evaluate.compare, {"text": ["a"], "depth": ["a.png"]})])
 def test_what_no_pair_joins_is_not_scored(command, options):
     model = tiny("image", "text", "depth", "imu", "thermal", pairs=["image-text", "depth-imu"])
@@ -320,7 +320,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_is_needed(tmp_path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(model_file.torch, "save", full)
-    with pytest.raises(RunError, match=r"state.pt: it needs 1.\d MB .* are free.*--resume"):
+    with pytest.raises(RunError, match=r"model.pt: it needs 1.\d MB .* are free.*--resume"):
         run.save(model, step=2)
     assert (tmp_path / "state.pt").read_bytes() == before and not list(tmp_path.glob("*.partial"))
 
@@ -330,7 +330,7 @@ def test_spawned_workers_make_the_same_batches(tmp_path):
     table = data.Samples(data.open_data(str(tmp_path / "m.csv")), {"text": preset("tiny", "text")})
     assert torch.equal(pickle.loads(pickle.dumps(table))[1]["text"], table[1]["text"])
     samples = data.Samples(data.ToyWorld(), {m: preset("tiny", m) for m in ("image", "audio")})
-    keys = list(data.draws(12, 4, epochs=1))
+    keys = list(data.draws(range(12), 4, epochs=1))
     spawn = {"num_workers": 1, "multiprocessing_context": "spawn", "worker_init_fn": train.ignore_signals}
     own, spawned = (list(torch.utils.data.DataLoader(samples, batch_sampler=keys, collate_fn=data.collate, **options))
                     for options in ({}, spawn))
