@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -33,21 +34,26 @@ CASES = {  # name -> options beside TRAIN
     "plain": ["--samples", "160", "--workers", "0", "--amp", "off"],
     "workers": ["--samples", "160", "--workers", "2", "--amp", "bf16"],
     "manifest": ["--data", "pairs.csv", "--preset", "tiny", "--init", "anchor.pt", "--workers", "2", "--amp", "off"],
+    "shards": ["--data", "pairs.tar", "--preset", "tiny", "--init", "anchor.pt", "--workers", "2", "--amp", "off"],
+    "cache": ["--samples", "3000", "--cache-anchor", "2", "--workers", "2", "--amp", "off"],
     "suite": None,  # evaluate.py suite
     "processes": ["--samples", "160", "--workers", "0", "--amp", "off"],  # of two, one dies
 }
 
 
 def prepare(folder):
-    """What the cases read: an anchor, a manifest of 160 toy samples, and a small ESC-50 and AudioCaps in sets/."""
+    """What the cases read: an anchor, a manifest and a shard of 160 toy samples, and a small ESC-50 and AudioCaps in sets/."""
     world = data.ToyWorld(size=160)
     torch.manual_seed(0)
     ImageBind([preset("tiny", m) for m in ("image", "text", "audio")]).save(folder / "anchor.pt")
-    rows = ["image,imu,text"]
-    for i in range(len(world)):
-        data.Image.fromarray(world.read(i, "image")).save(folder / f"{i}.png")
-        data.np.save(folder / f"{i}.npy", world.read(i, "imu"))
-        rows.append(f"{i}.png,{i}.npy,{world.read(i, 'text')}")
+    rows = ["image,imu"]
+    with tarfile.open(folder / "pairs.tar", "w") as tar:
+        for i in range(len(world)):
+            data.Image.fromarray(world.read(i, "image")).save(folder / f"{i}.png")
+            data.np.save(folder / f"{i}.imu.npy", world.read(i, "imu"))
+            for name in (f"{i}.png", f"{i}.imu.npy"):
+                tar.add(folder / name, name)
+            rows.append(f"{i}.png,{i}.imu.npy")
     (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
     esc, caps = folder / "sets/ESC-50", folder / "sets/AudioCaps"
     for path in (esc / "meta", esc / "audio", caps / "audio"):
@@ -76,7 +82,7 @@ def command_of(case, out):
 
 
 def start(case, out, folder):
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of many threads, sums could differ from one run to the next
     return subprocess.Popen([sys.executable, str(ROOT / command_of(case, out)[0]), *command_of(case, out)[1:]], cwd=folder,
                             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -99,11 +105,19 @@ def result(out):
     return [e | {"seconds": None} for e in events], {name: t.numpy().tobytes() for name, t in weights.items()}
 
 
+def writing(folder, since):
+    """Whether a file was being written there after a moment (time.time)."""
+    try:
+        return any(path.stat().st_mtime > since for path in folder.rglob("*.partial*"))
+    except FileNotFoundError:  # it was renamed meanwhile
+        return False
+
+
 def kill_once(case, out, folder, seconds, wait_for_write):
     """Kills the case after `seconds`, or at the next write after that. False if it had ended before."""
-    process, end = start(case, out, folder), time.monotonic() + seconds
+    begun, process = time.time(), start(case, out, folder)
     while process.poll() is None:
-        if time.monotonic() > end and (not wait_for_write or any(out.rglob("*.partial*"))):
+        if time.time() > begun + seconds and (not wait_for_write or writing(out.parent, begun)):
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             return True
@@ -156,20 +170,20 @@ def main():
                 failed = not kill_one_of_two(folder) or failed
                 continue
             begun = time.monotonic()
-            expected = finish(case, folder / f"{case}-alone", folder)
-            seconds, kills, writing, runs, same = time.monotonic() - begun, 0, 0, 0, True
+            expected = finish(case, folder / f"{case}-alone" / "run", folder)
+            seconds, kills, halfway, runs, same = time.monotonic() - begun, 0, 0, 0, True
             while kills < args.kills:
-                out = folder / f"{case}-{runs}"
-                wait_for_write = kills % 2 == 1
-                if kill_once(case, out, folder, random.uniform(0, seconds), wait_for_write):
-                    kills, writing = kills + 1, writing + any(out.rglob("*.partial*"))
+                out = folder / f"{case}-{runs}" / "run"  # in a folder of its own, where its cache is, too
+                moment = time.time()
+                if kill_once(case, out, folder, random.uniform(0, seconds), wait_for_write=kills % 2 == 1):
+                    kills, halfway = kills + 1, halfway + writing(out.parent, moment)
                 else:  # it came to its end before
                     same, runs = same and result(out) == expected, runs + 1
-            out = folder / f"{case}-{runs}"
+            out = folder / f"{case}-{runs}" / "run"
             same = same and finish(case, out, folder) == expected
             failed = failed or not same
             print(f"{case}: {'the same as' if same else 'NOT the same as'} the run left alone; {kills} kills "
-                  f"({writing} while writing) over {runs + 1} runs of {seconds:.0f} s")
+                  f"({halfway} while writing) over {runs + 1} runs of {seconds:.0f} s")
             for path in folder.glob(f"{case}-*"):
                 shutil.rmtree(path)
     sys.exit(int(failed))

@@ -272,7 +272,8 @@ def test_every_result_says_what_was_left_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("command,options", [
     (evaluate.zeroshot, {"modality": "depth"}), (evaluate.retrieval, {"query": "depth", "gallery": "text"}),
-    (evaluate.fewshot, {"modality": "thermal"}), (evaluate.arithmetic, {"add": ["text=a"], "gallery": "depth", "by_parts": False}),
+    (evaluate.fewshot, {"modality": "thermal"}),
+    (evaluate.arithmetic, {"add": ["text=a"], "gallery": "depth", "by_parts": False}),
     (evaluate.compare, {"text": ["a"], "depth": ["a.png"]})])
 def test_what_no_pair_joins_is_not_scored(command, options):
     model = tiny("image", "text", "depth", "imu", "thermal", pairs=["image-text", "depth-imu"])
