@@ -129,23 +129,19 @@ def ranks(queries, gallery, query_labels, gallery_labels):
     Ties count against the query: an item of another label and the same score is ranked before, so a
     model that gives everything one embedding scores 0. (A score that is not a number, too.)
     """
-    found = []
+    rank = torch.empty(len(queries), dtype=torch.long)  # not a list: what is kept between large blocks holes the heap
     for part in blocks(len(queries), len(gallery)):
         scores = queries[part] @ gallery.T  # (q, G)
-        own = query_labels[part, None] == gallery_labels  # (q, G)
-        best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        found.append(1 + ((scores < best) | own).logical_not_().sum(dim=1))
-    return torch.cat(found)
+        query, item = (query_labels[part, None] == gallery_labels).nonzero(as_tuple=True)  # those of their own label
+        best = scores.new_full(scores.shape[:1], -torch.inf).scatter_reduce(0, query, scores[query, item], "amax")  # (q,)
+        scores[query, item] = -torch.inf
+        rank[part] = 1 + (scores < best[:, None]).logical_not_().sum(dim=1, dtype=torch.int32)
+    return rank
 
 
 def recall_at_k(queries, gallery, query_labels, gallery_labels, k=1):
     """Share of queries (Q, E) with an item of their own label among the k nearest of the gallery (G, E)."""
     return (ranks(queries, gallery, query_labels, gallery_labels) <= k).float().mean().item()
-
-
-def top_k_accuracy(z, labels, classes, k=1):
-    """Share of the embeddings (N, E) with their label among the k nearest of the classes (C, E)."""
-    return recall_at_k(z, classes, labels, torch.arange(len(classes)), k)
 
 
 def mean_average_precision(z, truth, classes):
@@ -193,22 +189,33 @@ def item_labels(source, indices):
     return torch.where(labels < 0, -1 - indices, labels)
 
 
+def comparable(model, source):
+    """The modalities that a model and data share; video, by the image encoder, where there are no pictures."""
+    shared = [m for m in MODALITIES if encoder_of(m) in model.encoders and m in source.columns]
+    return [m for m in shared if m != "video" or "image" not in shared]
+
+
 def emergence(model, source, modalities, batch_size=64, workers=0, limit=None):
-    """R@1 between all pairs of modalities of one source, {"audio->text": 0.97, ...}; zero-shot top-1 of each
-    by text, {"audio": 0.97, ...}; and the Bad items.
+    """R@1 between all pairs of modalities of one source, zero-shot top-1 (see pairwise), and the Bad items."""
+    embedded = {m: embed_items(model, source, m, batch_size, workers, limit) for m in modalities}
+    return *pairwise(model, source, embedded), [b for _, _, bad in embedded.values() for b in bad]
+
+
+def pairwise(model, source, embedded):
+    """R@1 between all pairs of modalities, {"audio->text": 0.97, ...}, and zero-shot top-1 of each by text,
+    {"audio": 0.97, ...}, from what embed_items made of each modality.
 
     An item matches those of its class, or itself where the source has no classes.
     """
-    embedded = {m: embed_items(model, source, m, batch_size, workers, limit) for m in modalities}
     labels = {m: item_labels(source, indices) for m, (_, indices, _) in embedded.items()}
     recall = {f"{a}->{b}": recall_at_k(embedded[a][0], embedded[b][0], labels[a], labels[b])
-              for a in modalities for b in modalities if a != b}
+              for a, b in itertools.permutations(embedded, 2)}
     zeroshot = {}
     if source.classes and "text" in model.encoders:
-        for m in (m for m in modalities if m != "text"):
+        for m in (m for m in embedded if m != "text"):
             classes, owner = named_classes(model, source, m)
             zeroshot[m] = recall_at_k(embedded[m][0], classes, labels[m], owner)
-    return recall, zeroshot, [b for _, _, bad in embedded.values() for b in bad]
+    return recall, zeroshot
 
 
 def modality_scale(model, modality):
@@ -438,12 +445,11 @@ def arithmetic(args, model, source):
 def toy_arithmetic(args, model):
     """One concept by the first modality + another by the second must find, first, a scene that shows both.
 
-    Gallery: scenes of two concepts, and as many of one. The queries show the concepts of each scene
-    alone, in other samples than those of the gallery.
+    The queries show the concepts of each scene alone, in other samples than those of the gallery. "examples" are
+    the first --top of them: the two samples' indices, what was found, and whether it shows both.
     """
     C, size = len(data.ToyWorld.classes), args.scenes
-    scenes, single = data.ToyWorld("test", size, seed=1, crowded=1.0), data.ToyWorld("test", size, seed=2)
-    queries = data.ToyWorld("test", -(-size // C) * C, seed=3)
+    scenes, single, queries = toy_arithmetic_worlds(size)
     require(model, scenes, args.gallery, *args.parts)
 
     def embed(world, modality):
@@ -456,14 +462,24 @@ def toy_arithmetic(args, model):
     asked = shown + C * (torch.arange(size) // C)[:, None]  # a sample that shows the concept alone
     first, second = (embed(queries, m)[asked[:, side]] for side, m in enumerate(args.parts))
     result = {"parts": args.parts, "gallery": args.gallery, "queries": size, "items": len(gallery), "bad": 0}
-    for name, q in (("sum", F.normalize(first + second, dim=-1)), ("first alone", first), ("second alone", second)):
+    total = F.normalize(first + second, dim=-1)
+    for name, q in (("sum", total), ("first alone", first), ("second alone", second)):
         result[name] = recall_at_k(q, gallery, pair, labels)
         print(f"{name:14} {result[name]:6.1%} of {size} queries find, first of {len(gallery)}, a scene that shows both")
+    found = (total[: args.top] @ gallery.T).topk(min(args.top, len(gallery))).indices  # (top, top)
+    right = labels[found] == pair[: len(found), None]
+    result["examples"] = [{"add": a, "found": f, "right": r} for a, f, r in zip(*(x.tolist() for x in (asked, found, right)))]
     return result
 
 
+def toy_arithmetic_worlds(size):
+    """Scenes of two concepts and as many of one, which are searched in this order; and what shows each concept alone."""
+    scenes, single = data.ToyWorld("test", size, seed=1, crowded=1.0), data.ToyWorld("test", size, seed=2)
+    return scenes, single, data.ToyWorld("test", -(-size // len(data.ToyWorld.classes)) * len(data.ToyWorld.classes), seed=3)
+
+
 def matrix(args, model, source):
-    modalities = [m for m in MODALITIES if encoder_of(m) in model.encoders and m in source.columns and m != "video"]
+    modalities = comparable(model, source)
     recall, zero, bad = emergence(model, source, modalities, args.batch_size, args.workers)
     print_matrix(model, modalities, recall)
     return {"retrieval_r1": recall, "zeroshot_top1": zero, "pairs": model.pairs, "bad": len(bad)}

@@ -42,7 +42,7 @@ def test_ranks_equal_a_sorted_list_with_ties_against_the_query(block):
 def test_one_embedding_for_everything_scores_nothing():
     same = torch.ones(9, 4)
     assert evaluate.recall_at_k(same, same, torch.arange(9), torch.arange(9), k=8) == 0
-    assert evaluate.top_k_accuracy(same * torch.nan, torch.arange(9), same, k=8) == 0
+    assert evaluate.recall_at_k(same * torch.nan, same, torch.arange(9), torch.arange(9), k=8) == 0
 
 
 def area_under_steps(scores, truth):
