@@ -159,14 +159,14 @@ def ranks(queries, gallery, query_labels, gallery_labels):
     Ties count against the query: an item of another label and the same score is ranked before, so a
     model that gives everything one embedding scores 0. (A score that is not a number, too.)
     """
-    found = []
+    rank = torch.empty(len(queries), dtype=torch.long)  # not a list: what is kept between large blocks holes the heap
     for part in blocks(len(queries), len(gallery)):
         scores = queries[part] @ gallery.T  # (q, G)
-        query, item = (query_labels[part, None] == gallery_labels).nonzero(as_tuple=True)  # the few of their own label
+        query, item = (query_labels[part, None] == gallery_labels).nonzero(as_tuple=True)  # those of their own label
         best = scores.new_full(scores.shape[:1], -torch.inf).scatter_reduce(0, query, scores[query, item], "amax")  # (q,)
         scores[query, item] = -torch.inf
-        found.append(1 + (scores < best[:, None]).logical_not_().sum(dim=1, dtype=torch.int32))
-    return torch.cat(found)
+        rank[part] = 1 + (scores < best[:, None]).logical_not_().sum(dim=1, dtype=torch.int32)
+    return rank
 
 
 def recall_at_k(queries, gallery, query_labels, gallery_labels, k=1):

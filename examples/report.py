@@ -1,7 +1,7 @@
 """One HTML page from a run or a checkpoint, to see and hear: what was trained, what emerged, what finds what.
 
     python examples/report.py runs/image-audio                      # writes runs/image-audio/report.html
-    python examples/report.py imagebind_huge --data esc50:/data/ESC-50 --out report.html
+    python examples/report.py imagebind_huge --data clotho:/data/clotho --out clotho.html
 
 The page holds everything in itself: no script, nothing from a network; any text in it is escaped.
 """
@@ -64,7 +64,7 @@ def heat_map(x, modality):
     return np.stack([np.interp(place, np.arange(len(ramp)), ramp[:, c]) for c in range(3)], -1).astype(np.uint8)
 
 
-def sound(x, seconds=5):
+def sound(x, seconds=3):
     """(channels, T) at 16 kHz -> its log-mel picture and a player, of its start; loudness evened out."""
     x = x[:1, : seconds * data.SAMPLE_RATE]
     x = x - x.mean()
@@ -94,7 +94,7 @@ def draw(source, index, modality):
     """HTML of one item."""
     x = source.read(index, modality)
     if modality == "text":
-        return f"<q>{escape(x)}</q>"
+        return f'<q class="{"long" if len(x) > 60 else ""}">{escape(x)}</q>'
     if modality == "video":
         frames = x.frames(np.linspace(0, x.count - 1, 4).astype(int).tolist()).permute(0, 2, 3, 1).numpy()  # (4, H, W, 3)
         return '<div class="frames">' + "".join(picture(frame, "video") for frame in frames) + "</div>"
@@ -104,9 +104,10 @@ def draw(source, index, modality):
 
 
 def card(source, index, modality, right=None, note=""):
-    """A figure of one item, named by its class where it has one; `right` marks a found one."""
+    """A figure of one item, named by its class, else its text, else its row; `right` marks a found one."""
     label = source.label(index) if source.classes else -1
-    name = note or (source.classes[label].split("|")[0] if label >= 0 else source.name(index))
+    told = source.about(index, "text")[:80] if modality != "text" and "text" in source.columns else ""
+    name = note or (source.classes[label].split("|")[0] if label >= 0 else told or source.name(index))
     kind, sign = {None: ("", ""), True: ("right", "✓ "), False: ("wrong", "✗ ")}[right]
     try:
         with data.naming(source.name(index)):
@@ -266,12 +267,14 @@ def arithmetic(model, source, embedded, args):
     parts = [m for m in ("image", "audio", "imu", "thermal", "depth", "text") if m in embedded][:2]
     head, text = "", "Two embeddings added, and what is nearest to their sum among all other items."
     if isinstance(source, data.ToyWorld):
-        args = argparse.Namespace(**vars(args), parts=parts, gallery=parts[0], scenes=512, top=FOUND)
+        args = argparse.Namespace(**vars(args), parts=parts, gallery=parts[0], scenes=512, top=FOUND,
+                                  by_parts=parts[0] == "image")
         result = evaluate.toy_arithmetic(args, model)
         rows = toy_sums(result, args.scenes)
         names = {"sum": f"{parts[0]} + {parts[1]}", "first alone": f"{parts[0]} alone", "second alone": f"{parts[1]} alone"}
         head = bars([(name, result[key], key, "") for key, name in names.items()])
         text = f"Of {result['queries']} sums, those that find, first of {result['items']}, a scene that shows both things."
+        text += " Pictures are searched by five squares of each, of which the best counts for each thing." * args.by_parts
     else:
         rows = sums(source, embedded, parts)
     body = "".join(f'<div class="row sum">{a}<span class="to">+</span>{b}<span class="to">=</span><div class="hits">'
@@ -311,8 +314,8 @@ def opening(name, model, source, embedded, recall):
 def page(name, model, source, args, log):
     modalities = evaluate.comparable(model, source)
     if len(modalities) < 2:
-        raise evaluate.UsageError(f"a report compares modalities: the checkpoint has {', '.join(model.encoders)}, "
-                                  f"the data have {', '.join(source.columns)}")
+        raise evaluate.UsageError("a report needs two modalities at least that both have: the checkpoint has "
+                                  f"{', '.join(model.encoders)}, the data have {', '.join(source.columns)}")
     embedded = {m: evaluate.embed_items(model, source, m, args.batch_size, args.workers, args.limit) for m in modalities}
     recall, zeroshot = evaluate.pairwise(model, source, embedded)
     bad = list(dict.fromkeys(item for _, _, unread in embedded.values() for item in unread))
