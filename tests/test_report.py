@@ -117,7 +117,7 @@ def test_galleries_show_the_nearest_and_mark_them_truly_and_the_matrix_is_evalua
 
 
 def test_sums_of_the_toy_world_are_marked_by_what_the_scenes_show(monkeypatch):
-    def embed_items(model, world, modality, *_):  # a scene is the sum of what it shows; the second sense hears poorly
+    def embed_items(model, world, modality, *_, parts):  # a scene is the sum of what it shows; the second sense hears poorly
         shown = [world.concepts(i) for i in range(len(world))]
         z = sum(F.one_hot(torch.tensor([c[side % len(c)] for c in shown]), 64).float() for side in range(2))
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)) * (0.3 if modality == "audio" else 0.0)
