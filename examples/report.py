@@ -225,7 +225,7 @@ def gallery(model, source, embedded, a, b, recall, opened):
         hits = "".join(card(source, int(found[n]), b, bool(gl[n] == ql[i])) for n in nearest)
         body += f'<div class="row">{card(source, int(rows[i]), a)}<span class="to">→</span><div class="hits">{hits}</div></div>'
     kind = "trained together" if evaluate.trained_together(model, a, b) else "emergent"
-    return (f'<details{" open" * opened}><summary>{chip(a)} → {chip(b)} <small>{kind}, first hit right for '
+    return (f'<details{" open" * opened}><summary>{chip(a)} → {chip(b)} <small>{kind}, R@1 '
             f"{recall[f'{a}->{b}']:.1%}</small></summary>{body}</details>")
 
 

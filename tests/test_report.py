@@ -83,13 +83,13 @@ def make(tmp_path, monkeypatch):
 
 
 def test_text_of_the_data_stays_text_and_the_page_asks_for_nothing(make):
-    text, _ = make([HOSTILE, "dog"] * 3, [HOSTILE, "a dog"] * 3, name="<script>b", gone=[4])
+    text, _ = make([HOSTILE, "dog"] * 3, [HOSTILE, "a dog"] * 3, name='"><script>b', gone=[4])
     page = Page(text)
     assert {tag for tag, _ in page.tags} <= set(TAGS.split())
     names = {name for _, attributes in page.tags for name in attributes}
     assert not any(name.startswith("on") for name in names) and not names & {"href", "srcset", "action", "data", "xlink:href"}
     assert all(a["src"].startswith("data:") for _, a in page.tags if "src" in a) and "url(" not in text and "@import" not in text
-    assert page.text.count(HOSTILE) > 10 and "<script>b.csv:1" in {card[0] for _, row in page.rows for card in row}
+    assert page.text.count(HOSTILE) > 10 and '"><script>b.csv:1' in {card[0] for _, row in page.rows for card in row}
     policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; ") and "script" not in policy
     assert "1 items could not be read" in page.text and "<script>4.wav: no such file" in page.text
