@@ -146,7 +146,7 @@ def kill_one_of_two(folder):
     losses = [[e["loss"] for e in run if e["event"] == "step"] for run in (expected, events)]
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
     print(f"processes: one of {len(ranks)} killed, the other ended {seconds:.0f} s later, {reason[:1]}; resumed by one process, "
-          f"losses equal to {difference:.0e}")
+          f"losses equal to {difference:.0e}", flush=True)
     return torchrun.returncode != 0 and seconds < 60 and bool(reason) and difference < 1e-4
 
 
@@ -183,7 +183,7 @@ def main():
             same = same and finish(case, out, folder) == expected
             failed = failed or not same
             print(f"{case}: {'the same as' if same else 'NOT the same as'} the run left alone; {kills} kills "
-                  f"({halfway} while writing) over {runs + 1} runs of {seconds:.0f} s")
+                  f"({halfway} while writing) over {runs + 1} runs of {seconds:.0f} s", flush=True)
             for path in folder.glob(f"{case}-*"):
                 shutil.rmtree(path)
     sys.exit(int(failed))
