@@ -201,7 +201,7 @@ def micro_batch(args):
         encoder.drop_path, encoder.dropout.p = 0.0, 0.0  # so that both draw the same: nothing
 
     def step(micro):
-        criterion(*(train.embed(model, m, x, None, micro) for m, x in batch.items()))[0].backward()
+        criterion(*(train.encode_batch(model, m, x, None, micro) for m, x in batch.items()))[0].backward()
 
     memories, seconds, gradients = [], [], []
     for micro in (64, 8):
@@ -215,7 +215,7 @@ def micro_batch(args):
     row("`--micro-batch 8` for batch 64, depth-imu, 3 blocks of `base` each, peak of activations",
         f"whole batch {memories[0]:.0f} MB",
         f"{memories[1]:.0f} MB", f"1/{memories[0] / memories[1]:.1f}",
-        f"gradients equal to {difference:.0e} (largest {gradients[0].abs().max().item():.2f}); "
+        f"gradients equal to {difference:.0e} (largest {gradients[0].abs().max().item():.0e}); "
         f"time {seconds[1] / seconds[0]:.2f} x")
 
 
