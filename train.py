@@ -411,7 +411,7 @@ def next_batch(loader, run, counts, max_bad):
     return (None if empty else batch), bool(stop)
 
 
-def embed(model, modality, x, amp, micro_batch=None):
+def encode_batch(model, modality, x, amp, micro_batch=None):
     """Embeddings (B, E) of a batch, differentiable, with the activations of at most `micro_batch` items in memory.
 
     Those of a smaller part are dropped and, when its gradient is due, computed again with the same random
@@ -428,7 +428,7 @@ def embed(model, modality, x, amp, micro_batch=None):
 
 def take_step(model, pair, batch, criterion, optimizer, scaler, clip_grad, device, amp, micro_batch=None):
     """Embed, compare, update. Returns the step's figures; FloatingPointError if the loss is not finite."""
-    q, k = (embed(model, m, batch[m].to(device, non_blocking=True), amp, micro_batch) for m in pair)  # (B, E) each
+    q, k = (encode_batch(model, m, batch[m].to(device, non_blocking=True), amp, micro_batch) for m in pair)  # (B, E) each
     loss, accuracy = criterion(q, k)
     loss_value, accuracy = synchronise(loss.item(), accuracy.item())
     if not math.isfinite(loss_value):
@@ -714,7 +714,7 @@ def probe(config, learns, amp, token_drop, device, most):
         x = torch.arange(config.tokens).expand(n, -1) if config.is_text else torch.randn(n, *config.input_shape)
         x, start = x.to(device), now()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            z = embed(model, config.modality, x, amp)
+            z = encode_batch(model, config.modality, x, amp)
         middle = now()
         if learns:
             z.sum().backward()

@@ -143,10 +143,10 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(amp, noise):
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     torch.manual_seed(1)
-    micro = gradients(*(train.embed(model, m, x, amp, micro_batch=4) for m, x in batch.items()))
+    micro = gradients(*(train.encode_batch(model, m, x, amp, micro_batch=4) for m, x in batch.items()))
     torch.manual_seed(1)  # noise is drawn part by part, so the whole batch is put together from the same parts
     parts = [x.split(4 if noise else 10) for x in batch.values()]
-    whole = gradients(*(torch.cat([train.embed(model, m, part, amp) for part in xs]) for m, xs in zip(batch, parts)))
+    whole = gradients(*(torch.cat([train.encode_batch(model, m, part, amp) for part in xs]) for m, xs in zip(batch, parts)))
     assert whole.norm() > 1 and torch.allclose(micro, whole, atol=1e-5)
 
 
