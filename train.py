@@ -352,14 +352,7 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
         for part, saved in ((criterion, "criterion"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[saved])
     rank = dist.get_rank() if processes() > 1 else 0
-    configs, cache, learning = {m: model.encoder(m).config for m in pair}, None, model
-    frozen = next((m for m in pair if model.encoder(m) not in trained), None)
-    if args.cache_anchor and frozen:
-        cache, learning = cache_anchor(args, run, model, frozen, source, amp), without_anchor(model, frozen)
-        del configs[frozen]
-    keys = data.draws(source, row["batch_size"], row["steps"] // row["steps_per_epoch"] + 1, row["replicate"],
-                      args.seed, start=step, rank=rank, world=processes())
-    loader = load_batches(data.Samples(source, configs, args.seed, cache), keys, args.workers, device)
+    learning, loader = training_batches(args, run, model, pair, trained, source, row, step, amp)
     progress = tqdm(total=row["steps"], initial=step, desc=name, unit="step", disable=None if run.main else True)
     last_save = time.monotonic()
     while step < row["steps"]:
@@ -391,6 +384,19 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
             raise RunError(f"stopped at step {step} of {name}, all of it saved; go on with {again}")
     progress.close()
     ready.update(encoder_of(m) for m in pair)
+
+
+def training_batches(args, run, model, pair, trained, source, row, start, amp):
+    """The model that embeds this process's batches from step `start` on, and an iterator over them (see load_batches)."""
+    configs, cache, learning = {m: model.encoder(m).config for m in pair}, None, model
+    frozen = next((m for m in pair if model.encoder(m) not in trained), None)
+    if args.cache_anchor and frozen:
+        cache, learning = cache_anchor(args, run, model, frozen, source, amp), without_anchor(model, frozen)
+        del configs[frozen]
+    keys = data.draws(source, row["batch_size"], row["steps"] // row["steps_per_epoch"] + 1, row["replicate"], args.seed,
+                      start, rank=dist.get_rank() if processes() > 1 else 0, world=processes())
+    device = model.encoder(pair[0]).pos.device
+    return learning, load_batches(data.Samples(source, configs, args.seed, cache), keys, args.workers, device)
 
 
 def next_batch(loader, run, counts, max_bad):
