@@ -1089,7 +1089,7 @@ class Shards(Table):
     def summary(self, shard):
         """Number of samples of a shard, and their columns."""
         count, columns = 0, set()
-        with open(self.paths[shard], "rb") as file:
+        with naming(self.paths[shard]), open(self.paths[shard], "rb") as file:
             for count, (_, _, found) in enumerate(tar_samples(file), 1):
                 columns |= found.keys()
         return count, columns | ({"audio"} if "video" in columns else set())
@@ -1097,8 +1097,11 @@ class Shards(Table):
     def indices(self, shards=None):
         """Of all samples of these shards, in their order; and where a shard is damaged."""
         for shard in range(len(self.paths)) if shards is None else shards:
-            with open(self.paths[shard], "rb") as file:
-                yield from (int(shard) * SHARD + begin for begin, _, _ in tar_samples(file))
+            try:
+                with open(self.paths[shard], "rb") as file:
+                    yield from (int(shard) * SHARD + begin for begin, _, _ in tar_samples(file))
+            except OSError:
+                yield int(shard) * SHARD
 
     def training_indices(self, seed, start, rank, world):
         """This process's part in random order, pass after pass without end, `start` samples passed over.
@@ -1127,9 +1130,12 @@ class Shards(Table):
     def sample(self, index):
         """Stem and members of a sample; DataError at a damaged place."""
         if self.last[0] != index:
-            with open(self.paths[index // SHARD], "rb") as file:
-                file.seek(index % SHARD)
-                _, stem, columns = next(tar_samples(file))
+            try:
+                with open(self.paths[index // SHARD], "rb") as file:
+                    file.seek(index % SHARD)
+                    _, stem, columns = next(tar_samples(file))
+            except OSError:
+                stem, columns = None, {}
             if "video" in columns:
                 columns.setdefault("audio", columns["video"])
             self.last = index, (stem, columns)
