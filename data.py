@@ -1043,6 +1043,11 @@ def tar_samples(file):
         yield begin, stem, columns
 
 
+def read_at(file, at, size):
+    file.seek(at)
+    return file.read(size)
+
+
 def shuffled(indices, rng):
     """A stream in random order through a buffer: whoever comes in takes the place of one that goes out."""
     buffer = list(itertools.islice(indices, BUFFER))
@@ -1089,7 +1094,7 @@ class Shards(Table):
     def summary(self, shard):
         """Number of samples of a shard, and their columns."""
         count, columns = 0, set()
-        with open(self.paths[shard], "rb") as file:
+        with naming(self.paths[shard]), open(self.paths[shard], "rb") as file:
             for count, (_, _, found) in enumerate(tar_samples(file), 1):
                 columns |= found.keys()
         return count, columns | ({"audio"} if "video" in columns else set())
@@ -1097,8 +1102,11 @@ class Shards(Table):
     def indices(self, shards=None):
         """Of all samples of these shards, in their order; and where a shard is damaged."""
         for shard in range(len(self.paths)) if shards is None else shards:
-            with open(self.paths[shard], "rb") as file:
-                yield from (int(shard) * SHARD + begin for begin, _, _ in tar_samples(file))
+            try:
+                with open(self.paths[shard], "rb") as file:
+                    yield from (int(shard) * SHARD + begin for begin, _, _ in tar_samples(file))
+            except OSError:
+                yield int(shard) * SHARD
 
     def training_indices(self, seed, start, rank, world):
         """This process's part in random order, pass after pass without end, `start` samples passed over.
@@ -1125,11 +1133,16 @@ class Shards(Table):
             start = 0
 
     def sample(self, index):
-        """Stem and members of a sample; DataError at a damaged place."""
+        """Stem of a sample, None at a damaged place, and its files by column: what they hold, or where, if that is large."""
         if self.last[0] != index:
-            with open(self.paths[index // SHARD], "rb") as file:
-                file.seek(index % SHARD)
-                _, stem, columns = next(tar_samples(file))
+            try:
+                with open(self.paths[index // SHARD], "rb") as file:
+                    file.seek(index % SHARD)
+                    _, stem, columns = next(tar_samples(file))
+                    if sum(size for _, size in columns.values()) < 2**20:
+                        columns = {column: read_at(file, *place) for column, place in columns.items()}
+            except OSError:
+                stem, columns = None, {}
             if "video" in columns:
                 columns.setdefault("audio", columns["video"])
             self.last = index, (stem, columns)
@@ -1141,12 +1154,13 @@ class Shards(Table):
             raise DataError(f"damaged or cut off at byte {index % SHARD:,}; what follows in it is left out")
         if column not in columns:
             raise DataError(f"no {column} in it")
+        if isinstance(columns[column], bytes):
+            return columns[column]
         at, size = columns[column]
         if size > MAX_BYTES:
             raise DataError(f"{size:,} bytes of {column}, more than {MAX_BYTES:,}")
         with open(self.paths[index // SHARD], "rb") as file:
-            file.seek(at)
-            return file.read(size)
+            return read_at(file, at, size)
 
     def name(self, index):
         return f"{self.paths[index // SHARD].name}:{self.sample(index)[0] or 'damaged'}"

@@ -2,7 +2,7 @@
 
     python train.py --pair image-audio                       # the toy world: no files, weights, network or GPU
     python train.py --pair image-audio,image-depth           # one after the other, into one model
-    python train.py --pair image-audio --data pairs.csv      # your own files (README: manifests)
+    python train.py --pair image-audio --data pairs.csv      # your own files (README: manifests, tar shards)
     python train.py --resume runs/image-audio                # goes on where a run stopped
     torchrun --nproc_per_node 8 train.py --pair image-audio --data pairs.csv
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
@@ -277,6 +277,9 @@ def cache_anchor(args, run, model, anchor, source, amp):
     The folder's name is a digest of everything that an embedding depends on. A file holds a block of
     items and appears when it is whole; each process makes every world-th.
     """
+    if anchor is None:
+        run.say("--cache-anchor: both encoders learn, so nothing is cached")
+        return None
     encoder, views, unread = model.encoder(anchor), args.cache_anchor, []
     rank, key = (dist.get_rank() if processes() > 1 else 0), [None]
     if run.main:
@@ -388,11 +391,10 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
 
 def training_batches(args, run, model, pair, trained, source, row, start, amp):
     """The model that embeds this process's batches from step `start` on, and an iterator over them (see load_batches)."""
-    configs, cache, learning = {m: model.encoder(m).config for m in pair}, None, model
     frozen = next((m for m in pair if model.encoder(m) not in trained), None)
-    if args.cache_anchor and frozen:
-        cache, learning = cache_anchor(args, run, model, frozen, source, amp), without_anchor(model, frozen)
-        del configs[frozen]
+    cache = cache_anchor(args, run, model, frozen, source, amp) if args.cache_anchor else None
+    configs = {m: model.encoder(m).config for m in pair if cache is None or m != frozen}
+    learning = without_anchor(model, frozen) if cache else model
     keys = data.draws(source, row["batch_size"], row["steps"] // row["steps_per_epoch"] + 1, row["replicate"], args.seed,
                       start, rank=dist.get_rank() if processes() > 1 else 0, world=processes())
     device = model.encoder(pair[0]).pos.device

@@ -173,7 +173,7 @@ def processes(folder, steps=20):
               f"{2 * (world - 1) / world * 86.2 * 4:.0f} MB of gradients")
 
 
-def views(folder, pair="image-depth", samples=8000):
+def views(folder, pair="image-depth", samples=6000):
     for option in ([], ["--cache-anchor"], ["--cache-anchor", "4"], ["--cache-anchor", "16"]):
         out = folder / ("none" if not option else option[-1])
         subprocess.run([sys.executable, train.__file__, "--pair", pair, "--samples", str(samples), "--workers", "0", "--out", out,

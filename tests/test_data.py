@@ -180,14 +180,15 @@ def test_a_shard_holds_what_its_files_hold_and_a_name_is_only_a_name(tmp_path, f
 
 
 def test_a_damaged_shard_is_named_and_the_others_go_on(tmp_path):
-    shards = data.open_data(write_shards(tmp_path, [5, 5, 5, 5]))
+    shards = data.open_data(write_shards(tmp_path, [5, 5, 5, 5, 5]))
     size, whole = list(shards.indices([1]))[3] % data.SHARD, (tmp_path / "s-1.tar").read_bytes()
     (tmp_path / "s-1.tar").write_bytes(whole[: size + 600])  # cut off in the fourth picture
     (tmp_path / "s-2.tar").write_bytes(whole[:size] + b"\xff" * 512 + whole[size + 512 :])  # a damaged header
     (tmp_path / "s-3.tar").write_bytes(whole[:size] + bytes(len(whole)))  # zeros, as after a crash
+    (tmp_path / "s-4.tar").unlink()
     samples = [Samples(shards, {"text": TINY["text"]})[i] for i in shards.indices()]
     bad = [s for s in samples if isinstance(s, data.Bad)]
-    assert [b.name for b in bad] == [f"s-{i}.tar:damaged" for i in (1, 2, 3)] and f"byte {size:,}" in bad[0].reason
+    assert [b.name for b in bad] == [f"s-{i}.tar:damaged" for i in (1, 2, 3, 4)] and f"byte {size:,}" in bad[0].reason
     assert len(samples) - len(bad) == 5 + 3 * 3
 
 

@@ -99,9 +99,13 @@ def test_a_cached_anchor_gives_the_same_losses_and_is_embedded_once_though_kille
     run(*options, out=tmp_path / "again")
     assert ("train", "image") not in seen and losses(tmp_path / "again") == losses(tmp_path / "killed")
 
-    anchor = ImageBind.load("runs/toy-anchor/model.pt")
-    views = data.FixedViews(data.ToyWorld(), {"image": train.preset("tiny", "image")})
-    monkeypatch.setattr(data.Cache, "look_up", lambda self, i, n: anchor.embed("image", views[n, i]["image"][None])[0])
+    anchor, world, config = ImageBind.load("runs/toy-anchor/model.pt"), data.ToyWorld(), train.preset("tiny", "image")
+
+    def look_up(self, index, number):
+        view = data.transform("image", world.read(index, "image"), config, *data.fixed_view(world, index, number))
+        return anchor.embed("image", view[None])[0]
+
+    monkeypatch.setattr(data.Cache, "look_up", look_up)
     run(*options, out=tmp_path / "live")
     assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "again"), abs=1e-4)
 
