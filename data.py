@@ -370,7 +370,7 @@ class View:
 
     def crop(self, x, size):
         """(B, C, H, W), uint8 or float -> (B, C, size, size) of the same kind, antialiased bicubic."""
-        x = x[..., *self.box(*x.shape[-2:])]
+        x = x[(..., *self.box(*x.shape[-2:]))]
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False)
         return x.flip(-1) if self.flip else x
 
