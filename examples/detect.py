@@ -336,7 +336,7 @@ def draw(picture, found, names, insets, threshold, height=320):
 def spectrogram(x):
     """A small picture of the first clip of a sound (clips, 1, bins, frames), low tones below."""
     x = x[0, 0].flip(0)
-    return Image.fromarray(((x - x.min()) / (x.max() - x.min()) * 255).byte().numpy()).resize((96, 64))
+    return Image.fromarray(((x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) * 255).byte().numpy()).resize((96, 64))
 
 
 def query_of(model, modality, z):
