@@ -6,10 +6,10 @@ section 5, figure 5). Here the detector is the frozen image encoder itself, noth
 1. Windows. At several zooms the picture is cut into overlapping squares of the encoder's size. Each gets
    its embedding and one of every patch: the last block's values, projected into the shared space
    (Zhou et al., "Extract Free Dense Labels from CLIP", 2022, https://arxiv.org/abs/2112.01071).
-2. Matches. A query is in a window as far as it agrees with it more than with an empty picture of the
-   ground's colour. Queries compete by softmax, with a background that most windows show.
-3. Heat. A window's match is spread over the patches that agree with the query, averaged over windows
-   and zooms, and drawn to the picture's edges by a guided filter.
+2. Matches. Queries compete for a window by softmax, and with nothing: an empty picture of the ground's
+   colour, embedded by the same encoder. No list of other words is needed, for sounds have none.
+3. Heat. A window's match is spread over the patches that agree with the query and differ from the empty
+   picture's, averaged over windows and zooms, and drawn to the picture's edges by a guided filter.
 4. Boxes around the connected parts of what is hot. The encoder looks again at each box alone, which
    gives the score; of a query's boxes that overlap, the best stays.
 
@@ -35,12 +35,12 @@ import evaluate  # noqa: E402
 from model import MODALITIES  # noqa: E402
 
 ZOOMS = (1.0, 1.25, 1.75, 2.25, 3.0)  # a window's side is the picture's short side over these
-PRIOR = 4.6  # logit of the background: one window in a hundred shows what is asked for
 CELLS = 64  # of the heat map, along the short side
+RADIUS = 14  # cells: of the squares in which the guided filter fits heat to colours
 HOT = 0.5  # of a query's hottest cell: where its boxes begin
 MARGIN = 1.1  # of the second look: the side of its square over the longer side of the box
 OVERLAP = 0.5  # IoU above which the weaker box of a query is dropped
-SHOWN = 0  # the toy scene that is drawn
+SHOWN = 15  # the toy scene that is drawn
 
 
 class Query(NamedTuple):
@@ -128,26 +128,30 @@ def look_again(model, picture, boxes):
 # From embeddings to heat, from heat to boxes
 
 
-def match(z, empty, query):
-    """Probabilities (W, Q) that windows (W, E) show this query, rather than another or none."""
-    logits = query.scale * ((z - empty) @ query.z.T)
-    return F.pad(logits, (1, 0), value=PRIOR).softmax(dim=-1)[:, 1:]
+def match(z, empty, query, top):
+    """Probabilities (W, Q) that windows (W, E) show this query, rather than another or nothing.
+
+    A window is nothing as far as it is like the empty picture; that is worth the highest logit of any
+    window, `top`, since pictures lie closer to pictures than to texts or sounds.
+    """
+    logits = query.scale * (z @ query.z.T)
+    return torch.cat([top * (z @ empty.T), logits], dim=1).softmax(dim=1)[:, 1:]
 
 
-def heat_maps(picture, seen, empty, query):
+def heat_maps(picture, seen, empty, query, top):
     """Where each query is in a picture (H, W, 3): (Q, h, w) in 0..1, CELLS along the short side."""
     cells = [round(CELLS * side / min(picture.shape[:2])) for side in picture.shape[:2]]
     n = round(empty.patches.shape[1] ** 0.5)  # patches along a window
-    step, heat = max(1, n // 4), 0
+    step, heat, nothing = max(1, n // 4), 0, empty.patches.mean(dim=1)  # (1, E)
     for level in seen:
-        agree = ((level.patches - empty.patches.mean(dim=1)) @ query.z.T).clamp(min=0)  # (W, N, Q)
-        agree = agree / agree.amax(dim=1, keepdim=True).clamp(min=1e-6)
-        spread = (match(level.z, empty.z, query)[:, None] * agree).permute(2, 1, 0)  # (Q, N, W)
+        agree = ((level.patches - nothing) @ query.z.T).clamp(min=0)  # (W, N, Q)
+        differ = 1 - (level.patches @ F.normalize(nothing, dim=-1).T).clamp(min=0)  # (W, N, 1)
+        spread = (match(level.z, empty.z, query, top)[:, None] * (agree + differ)).permute(2, 1, 0)  # (Q, N, W)
         size = (n + step * (level.rows - 1), n + step * (level.columns - 1))
         mean = F.fold(spread, size, n, stride=step) / F.fold(torch.ones_like(spread[:1]), size, n, stride=step)
         heat = heat + F.interpolate(mean, cells, mode="bilinear", align_corners=False) / len(seen)  # (Q, 1, h, w)
     colours = resize(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255, cells, "bilinear")
-    return guided_filter(colours, heat, radius=CELLS // 6)[:, 0].clamp(0, 1)
+    return guided_filter(colours, heat, RADIUS)[:, 0].clamp(0, 1)
 
 
 def guided_filter(guide, x, radius, eps=1e-4):
@@ -198,7 +202,8 @@ def non_maximum_suppression(boxes, scores, queries):
 def detect(model, picture, query, seen=None):
     """Found of each query in a picture (H, W, 3) uint8; what `look` saw of it can be given, to ask several times."""
     seen, empty = seen or look(model, picture)
-    heat = heat_maps(picture, seen, empty, query)
+    top = max((query.scale * (level.z @ query.z.T)).max() for level in seen)
+    heat = heat_maps(picture, seen, empty, query, top)
     H, W, (h, w) = *picture.shape[:2], heat.shape[1:]
     boxes, hottest, owner = [], [], []
     for q in (heat.amax(dim=(1, 2)) > 0.01).nonzero().flatten().tolist():
@@ -211,7 +216,7 @@ def detect(model, picture, query, seen=None):
     boxes, owner = torch.tensor(boxes).view(-1, 4), torch.tensor(owner, dtype=torch.long)
     if not len(boxes):
         return Found(boxes, torch.zeros(0), owner, heat)
-    scores = match(look_again(model, picture, boxes), empty.z, query)[torch.arange(len(boxes)), owner]
+    scores = match(look_again(model, picture, boxes), empty.z, query, top)[torch.arange(len(boxes)), owner]
     scores = scores * torch.stack(hottest) ** 0.3
     keep = non_maximum_suppression(boxes, scores, owner)
     return Found(boxes[keep], scores[keep], owner[keep], heat)

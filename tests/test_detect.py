@@ -87,11 +87,11 @@ def test_boxes_are_in_pixels_of_a_picture_that_is_not_square(clip, monkeypatch):
 def test_heat_is_where_the_window_and_its_patches_agree():
     query = detect.Query(torch.eye(4)[:2], torch.full((2,), 50.0))
     z, patches = torch.zeros(6, 4), torch.zeros(6, 16, 4)
-    z[:, 3] = 1
+    z[:, 3] = patches[:, :, 3] = 1
     z[5] = patches[5, 3] = torch.eye(4)[1]  # the last of 2 rows and 3 columns shows query 1 in its upper right patch
-    empty = detect.Seen(1, 1, torch.eye(4)[3:], torch.zeros(1, 16, 4))
+    empty = detect.Seen(1, 1, torch.eye(4)[3:], torch.eye(4)[3:].expand(1, 16, 4))
     picture = np.full((50, 60, 3), 100, np.uint8)  # without edges the guided filter only blurs
-    heat = detect.heat_maps(picture, [detect.Seen(2, 3, z, patches)], empty, query)
+    heat = detect.heat_maps(picture, [detect.Seen(2, 3, z, patches)], empty, query, top=50.0)
     assert heat.shape == (2, 64, 77)
     y, x = divmod(int(heat[1].argmax()), 77)
     assert abs((y + 0.5) / 64 - 1.5 / 5) < 0.1 and abs((x + 0.5) / 77 - 5.5 / 6) < 0.1  # patch (1, 5) of 5 x 6
