@@ -14,7 +14,7 @@ section 5, figure 5). Here the detector is the frozen image encoder itself, noth
    gives the score; of a query's boxes that overlap, the best stays.
 
     python examples/detect.py                   # newest run: mAP and pointing on toy scenes, and found.png
-    python examples/detect.py --image scene.png --audio dog.wav --text "a car" --out found.png
+    python examples/detect.py --image scene.png --audio dog.wav --text "a car" --against grass sky
     python examples/detect.py --checkpoint imagebind_huge --image scene.jpg --audio dog.wav --like cat.jpg
 """
 
@@ -40,7 +40,7 @@ RADIUS = 14  # cells: of the squares in which the guided filter fits heat to col
 HOT = 0.5  # of a query's hottest cell: where its boxes begin
 MARGIN = 1.1  # of the second look: the side of its square over the longer side of the box
 OVERLAP = 0.5  # IoU above which the weaker box of a query is dropped
-SHOWN = 15  # the toy scene that is drawn
+SHOWN = 9  # the toy scene that is drawn
 
 
 class Query(NamedTuple):
@@ -322,7 +322,8 @@ def draw(picture, found, names, insets, threshold, height=320):
     for box, score, q in zip((found.boxes * scale).tolist(), found.scores.tolist(), found.queries.tolist()):
         if score > threshold:
             pen.rectangle(box, outline=COLOURS[q % len(COLOURS)], width=3)
-            pen.text((box[0] + 2, box[1] - height // 14), f"{names[q]} {score:.2f}", COLOURS[q % len(COLOURS)], font)
+            label = f"{names[q].rpartition(': ')[2]} {score:.2f}"
+            pen.text((box[0] + 2, box[1] - height // 14), label, COLOURS[q % len(COLOURS)], font)
     for q, (name, inset) in enumerate(zip(names, insets)):
         heat = found.heat[q] / found.heat[q].max().clamp(min=0.1)
         alpha = Image.fromarray((heat * 220).byte().numpy()).resize(photo.size, Image.Resampling.BICUBIC)
@@ -351,22 +352,23 @@ def query_of(model, modality, z):
 
 
 def toy_show(model):
-    """A toy scene, and the sounds (without an audio encoder, the names) of its first three things."""
+    """A toy scene; the sounds (without an audio encoder, the names) of its first three things, and those of all others."""
     picture, concepts, _ = toy_scene(SHOWN)
     world, m = data.ToyWorld("test", len(data.CONCEPTS), seed=6), "audio" if "audio" in model.encoders else "text"
-    config = model.encoder(m).config
-    return picture, [(m, f"{m}: {world.classes[c]}", data.transform(m, world.read(c, m), config)) for c in concepts[:3]]
+    order = concepts[:3] + [c for c in range(len(world)) if c not in concepts[:3]]
+    items = [(m, f"{m}: {world.classes[c]}", data.transform(m, world.read(c, m), model.encoder(m).config)) for c in order]
+    return picture, items[:3], items[3:]
 
 
 def read_files(model, args):
-    """The picture, and what to find in it as (modality, name, tensor), that the command line names."""
-    items = [(m, item) for m in MODALITIES for item in getattr(args, f"ask_{m}")]
-    for m, _ in items:
+    """The picture, what to find in it as (modality, name, tensor), and what competes, that the command line names."""
+    def load(m, item):
         evaluate.require(model, None, m)
+        return m, item if m == "text" else f"{m}: {Path(item).stem}", data.load(m, item, model.encoder(m).config)
+
+    asked = [load(m, item) for m in MODALITIES for item in getattr(args, f"ask_{m}")]
     with data.naming(args.image):
-        picture = data.read_image(args.image)
-    return picture, [(m, item if m == "text" else f"{m}: {Path(item).stem}", data.load(m, item, model.encoder(m).config))
-                     for m, item in items]
+        return data.read_image(args.image), asked, [load("text", item) for item in args.against]
 
 
 def main():
@@ -375,8 +377,9 @@ def main():
     add("--image", help="the picture to search (default: toy scenes)")
     for m in MODALITIES:
         add(f"--{'like' if m == 'image' else m}", dest=f"ask_{m}", nargs="+", default=[], help=f"{m} of what to find")
+    add("--against", nargs="+", default=[], metavar="TEXT", help="other things, by name: they compete but are not drawn")
     add("--out", default="found.png", help="boxes and heat maps are drawn to this file")
-    add("--threshold", type=float, default=0.5, help="of the scores of drawn boxes")
+    add("--threshold", type=float, default=0.2, help="of the scores of drawn boxes")
     add("--scenes", type=evaluate.positive, default=100, help="toy scenes to measure on")
     add("--checkpoint", help="as for evaluate.py (default: the newest run)")
     add("--heads", type=evaluate.parse_heads, help="attention heads where the file does not say: image=16,text=12")
@@ -387,10 +390,11 @@ def main():
     evaluate.require(model, None, "image")
     if not args.image:
         measure_toy(model, args.scenes)
-    picture, asked = read_files(model, args) if args.image else toy_show(model)
+    picture, asked, rivals = read_files(model, args) if args.image else toy_show(model)
     names = [name for _, name, _ in asked]
-    queries = [query_of(model, m, model.embed(m, x[None]).cpu()) for m, _, x in asked]
+    queries = [query_of(model, m, model.embed(m, x[None]).cpu()) for m, _, x in asked + rivals]
     found = detect(model, picture, Query(*(torch.cat(t) for t in zip(*queries))))
+    found = Found(*(t[found.queries < len(asked)] for t in found[:3]), found.heat)
     for (x0, y0, x1, y1), score, q in zip(found.boxes.round().int().tolist(), found.scores, found.queries):
         print(f"{score:.2f}  {names[q]:32} x {x0} to {x1}, y {y0} to {y1}")
     insets = [spectrogram(x) if m == "audio" else None for m, _, x in asked]
