@@ -325,7 +325,7 @@ def draw(picture, found, names, insets, threshold, height=320):
             label = f"{names[q].rpartition(': ')[2]} {score:.2f}"
             pen.text((box[0] + 2, box[1] - height // 14), label, COLOURS[q % len(COLOURS)], font)
     for q, (name, inset) in enumerate(zip(names, insets)):
-        heat = found.heat[q] / found.heat[q].max().clamp(min=0.1)
+        heat = found.heat[q] / found.heat[q].max().clamp(min=0.03)
         alpha = Image.fromarray((heat * 220).byte().numpy()).resize(photo.size, Image.Resampling.BICUBIC)
         panels.append(Image.composite(Image.new("RGB", photo.size, COLOURS[q % len(COLOURS)]), grey, alpha))
         ImageDraw.Draw(panels[-1]).text((10, 8), name, "white", font)
