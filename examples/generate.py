@@ -97,7 +97,7 @@ def integrate(field, x, steps):
 def draw(generator, z, args):
     """Pictures (B, 3, S, S) of embeddings z (B, E), normalised as an image encoder reads them."""
     noise = torch.randn(len(z), *generator.config.input_shape, generator=torch.Generator().manual_seed(args.seed))
-    parts = zip(z.to(generator.pos.device).split(256), noise.to(generator.pos.device).split(256))
+    parts = zip(z.to(generator.head.weight.device).split(256), noise.to(generator.head.weight.device).split(256))
     return torch.cat([integrate(guided(generator, z, args.guidance), x, args.sampling_steps).cpu() for z, x in parts])
 
 
@@ -177,7 +177,7 @@ def train(args):
 def take_step(generator, average, optimizer, pictures, z, step, row, args):
     """One update on random pictures (N, 3, S, S) and their embeddings (N, E), and of the weights' average. Returns the loss."""
     torch.manual_seed(args.seed * 1_000_003 + step)  # the same batch after a resume
-    rows, device = torch.randint(len(pictures), (args.batch_size,)), generator.pos.device
+    rows, device = torch.randint(len(pictures), (args.batch_size,)), generator.head.weight.device
     x, t = pictures[rows].float(), (0.8 * torch.randn(args.batch_size) - 0.8).sigmoid()  # logit-normal, more noise
     at, target = flow_point(x, torch.randn_like(x), t)
     known = torch.rand(args.batch_size, 1) >= 0.1  # the rest learns to draw without an embedding
