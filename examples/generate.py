@@ -137,6 +137,8 @@ def train(args):
     """Fits a generator to the training pictures, into --out/generator.pt; goes on with one that was stopped, bit for bit."""
     if args.size % args.patch or args.width % 32:
         raise UsageError(f"--size {args.size} must be a multiple of --patch {args.patch}, and --width {args.width} of 32")
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, training.STOP.catch)
     file, start = Path(args.out) / "generator.pt", time.monotonic()
     options = {key: value for key, value in vars(args).items() if key not in ("function", "workers", "out")}
     saved = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
@@ -300,6 +302,9 @@ def sheet(rows, side, gap=6):
 
 
 def sample(args):
+    """Draws every prompt --count times, each centred, and writes the sheet of all."""
+    if Path(args.out).suffix.lower() not in Image.registered_extensions() or not Path(args.out).parent.is_dir():
+        raise UsageError(f"--out {args.out}: must end in .png, .jpg or the like, in a folder that exists")
     generator, model, image_mean = load_generator(args)
     prompts = read_prompts(args, model)
     modalities = {m for parts in prompts for m, _ in parts}
@@ -422,8 +427,6 @@ def main():
     add("--items", type=metrics.positive, default=256, help="held-out prompts of each modality")
     add("--judge", help="an image-text model that names what was drawn (default: a toy one, trained first)")
     args = parser.parse_args()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, training.STOP.catch)
     args.function(args)
 
 

@@ -126,7 +126,7 @@ def test_a_sum_of_prompts_is_one_row_and_what_cannot_be_drawn_is_refused(command
     command(*draw, "--text", "a ruby ring", "a jade disc", "--sum")
     assert data.read_image("grid.png").shape == (two[0] - 38, two[1] + 38, 3)  # a row less, a prompt more beside it
     for argv, reason in ((["--checkpoint", "other.pt"], "another image encoder"), (["--audio", "x.wav"], "no audio encoder"),
-                         (["--image", "absent.png"], "absent.png"), (["--generator", "absent"], "no such file")):
+                         (["--image", "absent.png"], "absent.png"), (["--generator", "absent"], "no such file"), (["--out", "grid"], "end in .png")):
         with pytest.raises((UsageError, data.DataError), match=reason):
             command(*draw, *argv)
     with pytest.raises(UsageError, match="already"):
