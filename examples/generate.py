@@ -221,10 +221,8 @@ def load_generator(args):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         generator = Generator(EncoderConfig(**saved["config"]))
         generator.load_state_dict(saved["weights"])
-    except FileNotFoundError:
-        raise UsageError(f"{file}: no such file; python examples/generate.py train writes one") from None
     except Exception as error:
-        raise UsageError(f"{file}: not a generator of this program ({type(error).__name__})") from error
+        raise UsageError(f"{file}: not what python examples/generate.py train writes ({type(error).__name__})") from error
     model = load_model(args.checkpoint or saved["options"]["checkpoint"])
     args.data, args.pictures = args.data or saved["options"]["data"], saved["options"]["pictures"]
     if metrics.fingerprint(model.encoder("image")) != saved["encoder"]:
@@ -239,10 +237,8 @@ def modality_means(model, source, modalities, limit=512):
 
 def embed_prompt(model, parts, means, image_mean):
     """Embedding (E,) of a prompt [(modality, what was read), ...]: its parts, each centred, added up, at unit length."""
-    total = torch.zeros_like(image_mean)
-    for modality, x in parts:
-        z = model.embed(modality, data.transform(modality, x, model.encoder(modality).config)[None])[0].cpu()
-        total += centre(z, means[modality], image_mean) if modality in means else z
+    embedded = [(m, model.embed(m, data.transform(m, x, model.encoder(m).config)[None])[0].cpu()) for m, x in parts]
+    total = sum(centre(z, means[m], image_mean) if m in means else z for m, z in embedded)
     return F.normalize(total, dim=-1)
 
 

@@ -126,7 +126,7 @@ def test_a_sum_of_prompts_is_one_row_and_what_cannot_be_drawn_is_refused(command
     command(*draw, "--text", "a ruby ring", "a jade disc", "--sum")
     assert data.read_image("grid.png").shape == (two[0] - 38, two[1] + 38, 3)  # a row less, a prompt more beside it
     refused = {"another image encoder": ["--checkpoint", "other.pt"], "no audio encoder": ["--audio", "x.wav"],
-               "absent.png": ["--image", "absent.png"], "no such file": ["--generator", "absent"],
+               "absent.png": ["--image", "absent.png"], "FileNotFound": ["--generator", "absent"],
                "end in .png": ["--out", "grid"]}
     for reason, argv in refused.items():
         with pytest.raises((UsageError, data.DataError), match=reason):
