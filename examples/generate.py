@@ -55,7 +55,8 @@ class Generator(nn.Module):
         self.embedding = nn.Sequential(nn.Linear(E, D), nn.GELU(), nn.Linear(D, D))
         self.unfold = nn.Linear(D, N * D)
         self.blocks = nn.ModuleList(Block(config, extra_kv=False) for _ in range(config.depth))
-        self.norm, self.head = nn.LayerNorm(D, config.eps), nn.Linear(D, 3 * math.prod(config.patch))
+        self.edge = config.patch[0] // 4  # pixels that a drawn patch reaches into its neighbours, so that no seams show
+        self.norm, self.head = nn.LayerNorm(D, config.eps), nn.Linear(D, 3 * (config.patch[0] + 2 * self.edge) ** 2)
         nn.init.normal_(self.unfold.bias, std=0.5)
 
     def forward(self, x, t, z):
@@ -66,8 +67,9 @@ class Generator(nn.Module):
         h = h + self.unfold(condition).view_as(h)
         for block in self.blocks:
             h = block(h)
-        patches = self.head(self.norm(h)).float()  # (B, N, 3 * p * p)
-        clean = F.fold(patches.transpose(1, 2), x.shape[-2:], self.config.patch, stride=self.config.patch)
+        patches = self.head(self.norm(h)).float().transpose(1, 2)  # (B, 3 * (p + 2 * edge)^2, N)
+        p = self.config.patch[0]
+        clean = F.fold(patches, x.shape[-2:], p + 2 * self.edge, padding=self.edge, stride=p)  # overlaps add up
         return (clean - x) / (1 - t).clamp(min=0.05)[:, None, None, None]
 
 
