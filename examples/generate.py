@@ -33,7 +33,7 @@ import data  # noqa: E402
 import evaluate as metrics  # noqa: E402
 import train as training  # noqa: E402
 from evaluate import RunError, UsageError  # noqa: E402
-from model import MODALITIES, Block, EncoderConfig, PatchStem, encoder_of, save_atomic  # noqa: E402
+from model import MODALITIES, Block, EncoderConfig, PatchStem, choose_device, encoder_of, read_checkpoint, save_atomic  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------
 # The generator, and flow matching: straight from noise at t = 0 to a picture at t = 1
@@ -121,7 +121,7 @@ def nearest(x, pictures):
 def read_pictures(model, source, size, workers):
     """The source's pictures (N, 3, S, S) in half precision, their embeddings (N, E), and how many could not be read."""
     samples = data.Samples(source, {"image": model.encoder("image").config})
-    order = [i for i in range(len(source)) if source.item(i) == i]
+    order = [i for i in source.indices() if source.item(i) == i]
     loader = torch.utils.data.DataLoader(samples, 64, sampler=order, num_workers=workers, collate_fn=data.collate)
     batches = [(resize(batch["image"], size).half(), model.embed("image", batch["image"]).cpu())
                for batch, _ in tqdm(loader, desc="reading pictures", leave=False, disable=None) if batch is not None]
@@ -143,7 +143,7 @@ def train(args):
         signal.signal(signum, training.STOP.catch)
     file, start = Path(args.out) / "generator.pt", time.monotonic()
     options = {key: value for key, value in vars(args).items() if key not in ("function", "workers", "out")}
-    saved = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+    saved = read_checkpoint(file) if file.exists() else None
     if saved and (saved["options"] != options or saved["step"] == args.steps):
         raise UsageError(f"--out {args.out} holds a generator already: name another folder")
     model, source = load_model(args.checkpoint), open_source(args, "train")
@@ -152,8 +152,8 @@ def train(args):
     print(f"{len(pictures)} pictures, {bad} unreadable, {time.monotonic() - start:.0f} s")
     torch.manual_seed(args.seed)
     generator = Generator(EncoderConfig("image", args.width, args.depth, args.width // 32, z.shape[1],
-                                        (3, args.size, args.size), [args.patch] * 2)).to(training.choose_device())
-    average = Generator(generator.config).to(training.choose_device())
+                                        (3, args.size, args.size), [args.patch] * 2)).to(choose_device())
+    average = Generator(generator.config).to(choose_device())
     average.load_state_dict(generator.state_dict())
     row = {"lr": args.lr, "weight_decay": 0.01, "warmup": 50, "steps_per_epoch": 1, "steps": args.steps}
     optimizer, step = training.make_optimizer([generator], row), 0
@@ -208,7 +208,7 @@ def take_step(generator, average, optimizer, pictures, z, step, row, args):
 
 
 def load_model(name):
-    return metrics.load_model(name).to(training.choose_device())
+    return metrics.load_model(name).to(choose_device())
 
 
 def open_source(args, split):
@@ -220,7 +220,7 @@ def load_generator(args):
     """What `train` wrote, the model whose image encoder it learned from, and the mean of its images' embeddings (E,)."""
     file = Path(args.generator) / "generator.pt"
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = read_checkpoint(file)
         generator = Generator(EncoderConfig(**saved["config"]))
         generator.load_state_dict(saved["weights"])
     except Exception as error:
@@ -229,7 +229,7 @@ def load_generator(args):
     args.data, args.pictures = args.data or saved["options"]["data"], saved["options"]["pictures"]
     if metrics.fingerprint(model.encoder("image")) != saved["encoder"]:
         raise UsageError(f"{file} learned from another image encoder than this checkpoint's; name that --checkpoint")
-    return generator.to(training.choose_device()).eval(), model, saved["image_mean"]
+    return generator.to(choose_device()).eval(), model, saved["image_mean"]
 
 
 def modality_means(model, source, modalities, limit=256):
@@ -248,7 +248,7 @@ def read_prompts(args, model):
     """[[(modality, what was read)], ...]: of the command line; without any, held-out items of the toy world and sums of two."""
     given = [(m, item) for m in MODALITIES for item in getattr(args, m) or ()]
     if given:
-        metrics.require(model, None, *(m for m, _ in given))
+        metrics.require(model, None, "image", *(m for m, _ in given))
         parts = []
         for modality, item in given:
             with data.naming(item):
