@@ -232,13 +232,14 @@ def load_generator(args):
     return generator.to(choose_device()).eval(), model, saved["image_mean"]
 
 
-def modality_means(model, source, modalities, limit=256):
-    """Mean embedding (E,) of each modality over training items of the source, which need no pictures."""
-    return {m: metrics.embed_items(model, source, m, limit=limit)[0].mean(dim=0) for m in modalities if m in source.columns}
+def modality_means(model, source, modalities, image_mean, limit=256):
+    """Mean embedding (E,) of each modality that the source holds, over training items: no pair of them is needed."""
+    return {m: image_mean if m == "image" else metrics.embed_items(model, source, m, limit=limit)[0].mean(dim=0)
+            for m in modalities if m in source.columns}
 
 
 def embed_prompt(model, parts, means, image_mean):
-    """Embedding (E,) of a prompt [(modality, what was read), ...]: its parts, each centred, added up, at unit length."""
+    """Embedding (E,) of a prompt [(modality, what was read), ...]: the sum of its parts, centred where means are given."""
     embedded = [(m, model.embed(m, data.transform(m, x, model.encoder(m).config)[None])[0].cpu()) for m, x in parts]
     total = sum(centre(z, means[m], image_mean) if m in means else z for m, z in embedded)
     return F.normalize(total, dim=-1)
@@ -257,7 +258,7 @@ def read_prompts(args, model):
     if args.data != "toy":
         raise UsageError("name what to draw, such as --audio x.wav or --text 'a dog'")
     world, rows = data.ToyWorld("test"), [["audio"], ["text"], ["depth"], ["image"], ["audio", "text"], ["image", "audio"]]
-    return [[(m, world.read(65 + 9 * row + 29 * part, m)) for part, m in enumerate(parts)]
+    return [[(m, world.read(65 + 23 * row + 29 * part, m)) for part, m in enumerate(parts)]
             for row, parts in enumerate(rows) if set(parts) <= set(model.encoders)]
 
 
@@ -300,15 +301,15 @@ def sheet(rows, side, gap=6):
 
 
 def sample(args):
-    """Draws every prompt --count times, each centred, and writes the sheet of all."""
+    """Draws every prompt --count times, and writes the sheet of all."""
     if Path(args.out).suffix.lower() not in Image.registered_extensions() or not Path(args.out).parent.is_dir():
         raise UsageError(f"--out {args.out}: must end in .png, .jpg or the like, in a folder that exists")
     generator, model, image_mean = load_generator(args)
     prompts = read_prompts(args, model)
     modalities = {m for parts in prompts for m, _ in parts}
-    means = {} if args.no_centre else modality_means(model, open_source(args, "train"), modalities)
-    if not args.no_centre and modalities - set(means):
-        print(f"not centred: {', '.join(modalities - set(means))}; {args.data} has none of it, --data may name some")
+    means = modality_means(model, open_source(args, "train"), modalities, image_mean) if args.centre else {}
+    if args.centre and modalities - set(means):
+        raise UsageError(f"--centre needs a mean: {args.data} has no {', '.join(modalities - set(means))}; name --data that do")
     z = torch.stack([embed_prompt(model, parts, means, image_mean) for parts in prompts]).repeat_interleave(args.count, dim=0)
     drawn = [to_picture(x, args.side) for x in draw(generator, z, args)]
     rows = [([show_prompt(m, x, model.encoder(m).config, args.side) for m, x in parts],
@@ -340,7 +341,7 @@ def name_pictures(judge, x, classes, k=1):
 
 
 def evaluate(args):
-    """Prints how many pictures the judge names as their prompts, with and without centring, and how near copies they are."""
+    """Prints how many pictures the judge names as their prompts, without and with centring, and how near copies they are."""
     generator, model, image_mean = load_generator(args)
     source, size = open_source(args, "test"), generator.config.input_shape[-1]
     if not source.classes or (args.data != "toy" and not args.judge):
@@ -348,15 +349,15 @@ def evaluate(args):
     judge = load_judge(args)
     classes = metrics.named_classes(judge, source, "image")
     modalities = [m for m in MODALITIES if encoder_of(m) in model.encoders and m in source.columns and m != "video"]
-    means = modality_means(model, open_source(args, "train"), modalities)
+    means = modality_means(model, open_source(args, "train"), modalities, image_mean)
     right = lambda x, labels: f"{(name_pictures(judge, x, classes)[:, 0] == labels).float().mean():18.1%}"
     drawn, embedded = {}, {}
-    print(f"{'drawn from':16}{'named right':>18}{'without centring':>18}")
+    print(f"{'drawn from':16}{'named right':>18}{'centred':>18}")
     for m in modalities:
         z, indices, _ = metrics.embed_items(model, source, m, limit=args.items)
-        labels, embedded[m] = metrics.item_labels(source, indices), centre(z, means[m], image_mean)
-        drawn[m] = draw(generator, embedded[m], args)
-        print(f"{m:16}{right(drawn[m], labels)}{right(draw(generator, z, args), labels)}", flush=True)
+        labels, embedded[m] = metrics.item_labels(source, indices), z
+        drawn[m], centred = draw(generator, z, args), draw(generator, centre(z, means[m], image_mean), args)
+        print(f"{m:16}{right(drawn[m], labels)}{right(centred, labels)}", flush=True)
     print(f"{'nothing':16}{right(draw(generator, 0 * z, args), labels)}   chance {1 / len(source.classes):.1%}")
     real = read_pictures(model, source, size, args.workers)[0][: args.items].float()
     print(f"{'(real pictures)':16}{right(real, torch.tensor([source.label(i) for i in range(len(real))]))}")
@@ -401,7 +402,7 @@ def main():
     for modality in MODALITIES:
         add(f"--{modality}", nargs="+", metavar="TEXT" if modality == "text" else "FILE")
     add("--sum", action="store_true", help="add all prompts up and draw the sum")
-    add("--no-centre", action="store_true", help="leave the gap between modalities as it is")
+    add("--centre", action="store_true", help="move each modality's embeddings to the images' mean first: where a gap hurts")
     add("--out", default="grid.png")
     add("--count", type=metrics.positive, default=6, help="pictures of each prompt")
     add("--side", type=metrics.positive, default=96, help="pixels of each on the sheet")
