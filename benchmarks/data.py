@@ -112,7 +112,7 @@ def shards(folder, count=5000, per_shard=500, repeats=3):
           f"({loose_read / tar_read:.2f} x)")
 
 
-def cache(folder, count=32, batch_size=16, repeats=1):
+def cache(folder, count=64, batch_size=32, repeats=1):
     path = write_pairs(folder, count, side=256, seconds=2)
     torch.manual_seed(0)
     model = ImageBind([preset("base", "image"), replace(preset("base", "audio"), width=384, heads=6)])

@@ -30,7 +30,7 @@ from clip_weights import IMAGEBIND, convert, load_pretrained, their_name  # noqa
 from loss import InfoNCE  # noqa: E402
 from model import Encoder, ImageBind, flops, preset  # noqa: E402
 
-ITEMS = {"text": 16, "image": 2, "audio": 4, "depth": 16, "thermal": 4, "imu": 16}  # of a batch: a few seconds each
+ITEMS = {"text": 16, "image": 6, "audio": 8, "depth": 24, "thermal": 4, "imu": 16}  # of a batch: a few seconds each
 
 
 def in_turn(repeats, **sides):
