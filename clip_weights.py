@@ -217,7 +217,8 @@ for _modality, _stem in {"audio": "rgbt_stem", "depth": "depth_stem", "thermal":
         "pos": f"{_inputs}.pos_embedding_helper.pos_embed", "blocks": f"modality_trunks.{_modality}.blocks",
         "norm": f"modality_heads.{_modality}.0", "proj": f"modality_heads.{_modality}.2"}
 IMAGEBIND["imu"] |= {"pos": "modality_preprocessors.imu.pos_embed", "proj": "modality_heads.imu.3"}
-# the released model multiplies an embedding by this, so that two embeddings' product is their logit
+# The released model multiplies an embedding by this, so that two embeddings' product is their logit. Text's is
+# learned: 1 / 0.07 is where it starts, and stands here for a model without any; the released file's is at the cap.
 IMAGEBIND_SCALES = {"text": 1 / 0.07, "audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}
 MAX_SCALE = 100.0
 TEXT_MASK = "modality_preprocessors.text.mask"  # stored there, computed here
@@ -436,13 +437,13 @@ def export_imagebind(model, path):
     is made with the same widths, blocks and kernel: for the sizes of "huge", imagebind_huge(). Logit
     scales are those of model.pairs, or the released ones. The original computes with exact GELU and
     LayerNorms of eps 1e-6, and has all six towers at fixed input sizes: raises ValueError where a tower is
-    missing or differs. Towers read from CLIP have eps 1e-5 and go out all the same, as ImageBind's
+    missing, too many or differs. Towers read from CLIP have eps 1e-5 and go out all the same, as ImageBind's
     own did: their embeddings move a little.
     """
-    weights, released = {}, PRESETS["huge"]
-    missing = [m for m in released if m not in model.encoders]
-    if missing:
-        raise ValueError(f"{path}: the released layout has six encoders, and this model no {', '.join(missing)}")
+    weights, released, towers = {}, PRESETS["huge"], [m for m in IMAGEBIND if m != "block"]
+    if set(towers) != set(model.encoders):
+        raise ValueError(f"{path}: the released layout has the encoders {', '.join(towers)}, and this model "
+                         f"{', '.join(model.encoders)}")
     for modality, encoder in model.encoders.items():
         c, row = encoder.config, EncoderConfig(modality, embed_dim=1024, **released[modality])
         same_cut = modality == "image" or (c.patch, c.stride) == (row.patch, row.stride)

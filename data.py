@@ -2,8 +2,8 @@
 
 Preprocessing follows the paper's appendix and the released inference code
 (https://arxiv.org/abs/2305.05665). In reading order: decoding files, transforming what they hold,
-the toy world, tables of files, the readers of the paper's data sets, and the data set that draws
-training and evaluation samples.
+the toy world, tables of files, tar shards, the readers of the paper's data sets, and what draws
+training and evaluation samples from any of them.
 
 Each modality is first *read* into one plain form, whatever the file or generator behind it:
 image (H, W, 3) uint8, video a `Video`, text a string, audio a waveform (channels, T) at 16 kHz, depth
@@ -11,7 +11,7 @@ the disparity (H, W), thermal (H, W) in 0..1, imu (6, T). Then it is *transforme
 that the encoder of a given config reads.
 
     python data.py            # counts of the toy world, and toy.png with samples in all modalities
-    python data.py NAME:ROOT  # counts, classes, absent files and one sample of a data set of the paper
+    python data.py NAME:ROOT  # counts, classes, absent files and one sample of a data set of the paper, or a manifest
 """
 
 import csv
@@ -477,7 +477,10 @@ def transform_depth(x, config, rng, view):
 
 
 def transform_map(x, config, rng, view):
-    """A one-channel picture (H, W) float -> (1, size, size), resized and cropped as images are."""
+    """A one-channel picture (H, W) float -> (1, size, size), resized and cropped as images are.
+
+    Thermal's 0..1 go in like this: neither the paper nor the released code names a mean and deviation for them.
+    """
     if rng is None:
         return torch.from_numpy(np.array(resize_and_crop(Image.fromarray(x), config.input_shape[-1])))[None]
     x = torch.from_numpy(x)[None, None]
@@ -770,7 +773,7 @@ def ringing(resonance):
 
 
 # ---------------------------------------------------------------------------------------------
-# Tables of files, and the samples that training and evaluation draw
+# Tables of files
 
 
 class Table:
@@ -856,6 +859,8 @@ class Table:
         cell = row.get(modality, "").strip()
         if not cell:
             raise DataError(f"{modality} is empty")
+        if modality in ("audio", "video", "imu") and row.get("start") and not row.get("seconds"):
+            raise DataError(f"start is {row['start']}, but seconds is empty or no column: a clip needs both")
         with naming(cell):
             if modality == "text":
                 return read_text(cell)
@@ -1139,7 +1144,7 @@ class Shards(Table):
                 with open(self.paths[index // SHARD], "rb") as file:
                     file.seek(index % SHARD)
                     _, stem, columns = next(tar_samples(file))
-                    if sum(size for _, size in columns.values()) < 2**20:
+                    if sum(size for _, size in columns.values()) < 2**20:  # else only what is asked for is read
                         columns = {column: read_at(file, *place) for column, place in columns.items()}
             except OSError:
                 stem, columns = None, {}
@@ -1457,6 +1462,10 @@ DATASETS = {
 }
 
 
+# ---------------------------------------------------------------------------------------------
+# The source that --data names, the samples that training and evaluation draw from it, kept embeddings
+
+
 @lru_cache(maxsize=4)  # a run asks for it when it checks, when it trains and when it evaluates
 def open_dataset(name, root, split):
     """The rows of one of DATASETS as a Table in memory: as the bytes of a CSV, not as millions of dicts."""
@@ -1663,8 +1672,8 @@ def show_toy(path, count=8):
 
 def show_data(spec):
     """Prints what a user wants to know of a folder before a long run. Raises DataError if it holds neither split."""
-    failed = []
-    for split in ("train", "test"):
+    failed, splits = [], ("train", "test") if spec.partition(":")[0].lower() in DATASETS else ("all",)
+    for split in splits:
         try:
             source = open_data(spec, split)
         except DataError as error:
@@ -1680,8 +1689,8 @@ def show_data(spec):
                 print(f"  its {modality}: {tuple(tensor.shape)}, {tensor.min():.2f} to {tensor.max():.2f}")
             except DataError as error:
                 print(f"  its {modality} cannot be read: {error}")
-    if len(failed) == 2:
-        raise failed[1]
+    if len(failed) == len(splits):
+        raise failed[-1]
     print(*failed)
 
 

@@ -3,7 +3,7 @@
 van den Oord et al., 2018 (https://arxiv.org/abs/1807.03748); the learnable temperature is CLIP's
 (https://arxiv.org/abs/2103.00020, section 2.5).
 
-    python loss.py            # the loss of a small batch, and its gradient against finite differences
+    python loss.py            # losses of small batches beside the plain form's, and the gradient by finite differences
 """
 
 import math
@@ -15,6 +15,13 @@ import torch.nn.functional as F
 
 MAX_LOGIT_SCALE = 100.0
 BLOCK = 2**22  # logits held at once: 16 MB in float32
+
+
+def info_nce(q, k, logit_scale):
+    """Equation 1 in its plain form, L(q, k) + L(k, q) of q, k (B, E) in one process: what InfoNCE computes in blocks."""
+    logits = logit_scale * q @ k.T  # (B, B)
+    target = torch.arange(len(q), device=q.device)
+    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
 
 
 class InfoNCE(nn.Module):
@@ -36,6 +43,7 @@ class InfoNCE(nn.Module):
     def forward(self, q, k):
         """Unit-length embeddings q, k (B, E) of B pairs -> loss, in-batch accuracy (both scalars).
 
+        Accuracy: the share of k to which, of all q of the batch, their own is the nearest.
         With several processes, each brings its own part of the global batch, the negatives are all
         of it, and each gets its share of the global loss: the sum over processes is the loss that
         one process would have with the whole batch, and so is the sum of the gradients.
@@ -44,11 +52,11 @@ class InfoNCE(nn.Module):
             self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         all_q, start = gather(q)
         with torch.autocast(q.device.type, enabled=False):  # sums over a batch need all the digits
-            return BlockedInfoNCE.apply(k, all_q, self.logit_scale, start)
+            return BlockedInfoNCE.apply(all_q, k, self.logit_scale, start)
 
 
 class BlockedInfoNCE(torch.autograd.Function):
-    """L(I,M) + L(M,I) of this process's k (B, E) against all q (N, E), without ever holding the logits (B, N) whole.
+    """L(q, k) + L(k, q) of all q (N, E) and this process's k (B, E), without ever holding the logits (B, N) whole.
 
     logits_ij = logit_scale * k_i.q_j serve both directions: k_i's softmax goes along row i, q_j's down
     column j. Forward keeps their logsumexps alone; backward makes each block of rows again, where
@@ -56,7 +64,7 @@ class BlockedInfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, k, q, logit_scale, start):
+    def forward(ctx, q, k, logit_scale, start):
         scaled, own = logit_scale * k, slice(start, start + len(k))
         target = torch.arange(start, start + len(k), device=k.device)
         rows, columns, hits = k.new_empty(len(k)), k.new_full((len(q),), -math.inf), 0
@@ -69,7 +77,7 @@ class BlockedInfoNCE(torch.autograd.Function):
             parts = [torch.empty_like(columns) for _ in range(processes())]
             dist.all_gather(parts, columns)
             columns = torch.stack(parts).logsumexp(dim=0)
-        ctx.save_for_backward(k, q, logit_scale, rows, columns, target)
+        ctx.save_for_backward(q, k, logit_scale, rows, columns, target)
         positives, accuracy = (scaled * q[own]).sum(dim=1), hits / len(q)
         ctx.mark_non_differentiable(accuracy)
         return (rows + columns[own] - 2 * positives).sum() / len(q), accuracy  # averaged over the global batch
@@ -77,9 +85,9 @@ class BlockedInfoNCE(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        k, q, logit_scale, rows, columns, target = ctx.saved_tensors
+        q, k, logit_scale, rows, columns, target = ctx.saved_tensors
         scaled, factor = logit_scale * k, grad / len(q)
-        k_grad, q_grad = torch.empty_like(k), torch.zeros_like(q) if ctx.needs_input_grad[1] else None
+        k_grad, q_grad = torch.empty_like(k), torch.zeros_like(q) if ctx.needs_input_grad[0] else None
         for block in blocks(len(k), len(q)):
             logits = scaled[block] @ q.T
             slope = (logits - rows[block, None]).exp_()
@@ -91,7 +99,7 @@ class BlockedInfoNCE(torch.autograd.Function):
         scale_grad = factor * (k_grad * k).sum()
         if q_grad is not None:
             q_grad *= factor
-        return k_grad.mul_(factor * logit_scale), q_grad, scale_grad, None
+        return q_grad, k_grad.mul_(factor * logit_scale), scale_grad, None
 
 
 def blocks(rows, columns):
@@ -104,6 +112,10 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def gather(z):
     """(B, E) of this process -> (N, E) of all, in order of rank, and where this one's rows begin.
 
@@ -114,7 +126,7 @@ def gather(z):
     sizes = [torch.zeros(1, dtype=torch.long, device=z.device) for _ in range(processes())]
     dist.all_gather(sizes, torch.tensor([len(z)], device=z.device))
     sizes = [int(s) for s in sizes]
-    return Gather.apply(z, sizes), sum(sizes[: dist.get_rank()])
+    return Gather.apply(z, sizes), sum(sizes[: rank()])
 
 
 class Gather(torch.autograd.Function):
@@ -132,15 +144,17 @@ class Gather(torch.autograd.Function):
     def backward(ctx, grad):
         grad = grad.contiguous()
         dist.all_reduce(grad)
-        return grad.split(ctx.sizes)[dist.get_rank()], None
+        return grad.split(ctx.sizes)[rank()], None
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     q, k = (F.normalize(torch.randn(8, 16, dtype=torch.double), dim=-1).requires_grad_() for _ in range(2))
     criterion = InfoNCE().double()
-    for name, other in (("unrelated", k), ("equal", q)):
-        loss, accuracy = criterion(q, other)
-        print(f"8 {name} pairs at temperature 0.07: loss {loss.item():.4f}, in-batch accuracy {accuracy.item():.0%}")
+    one = q[:1].expand(8, -1)
+    for name, a, b in (("unrelated", q, k), ("equal", q, q), ("all in one place", one, one)):
+        (loss, accuracy), plain = criterion(a, b), info_nce(a, b, criterion.logit_scale)
+        print(f"8 pairs, {name}, at temperature 0.07: loss {loss.item():.4f} (plain form: {plain.item():.4f}), "
+              f"in-batch accuracy {accuracy.item():.0%}")
     print(f"2 ln 8 = {2 * math.log(8):.4f} is the loss of a model that cannot tell them apart")
     print("gradient equals finite differences:", torch.autograd.gradcheck(lambda q, k: criterion(q, k)[0], (q, k)))

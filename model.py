@@ -116,7 +116,7 @@ class Attention(nn.Module):
     """Multi-head self-attention over (B, N, D), one fused kernel.
 
     With `extra_kv` every query may also attend to one learned key and value, which belong to no
-    token (the paper's bias_k and bias_v): a place to look when nothing in the input is relevant.
+    token (bias_k and bias_v of the released code): a place to look when nothing in the input is relevant.
     """
 
     def __init__(self, width, heads, causal=False, extra_kv=False):
@@ -269,6 +269,7 @@ class Encoder(nn.Module):
         return self.pre_norm(torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.pos)
 
     def forward(self, x):
+        """(B, *config.input_shape), or as the class says -> (B, E). ValueError for items of another shape."""
         at = torch.zeros(len(x), dtype=torch.long, device=x.device)  # the token that stands for the item: class, or end
         if self.config.is_text:
             # Attention is causal, so what follows a text's end token cannot change it: cut the
@@ -281,7 +282,7 @@ class Encoder(nn.Module):
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):  # the last one need only say what becomes of that token
             x = block(x, self.drop_path * i / max(1, last), at if i == last else None)
-        return self.proj(self.dropout(self.norm(x[:, 0])))
+        return self.proj(self.dropout(self.norm(x[:, 0])))  # the one token that the last block left: (B, 1, D)
 
 
 class ImageBind(nn.Module):

@@ -37,7 +37,7 @@ import data
 import evaluate
 from clip_weights import tokenizer
 from evaluate import RunError, UsageError
-from loss import MAX_LOGIT_SCALE, InfoNCE, processes
+from loss import MAX_LOGIT_SCALE, InfoNCE, processes, rank
 from model import MODALITIES, ImageBind, choose_device, count_parameters, encoder_of, flops, preset, read_checkpoint, save_atomic
 
 # The paper's settings by the modality that learns (appendix B, table 9); image and text as in CLIP;
@@ -53,10 +53,12 @@ SETTINGS = {
     "toy": (2e-3, 0.05, 64, 1.0, 0.1, 1, 1, 0.0, None),
 }
 TOY_ANCHOR = Path("runs/toy-anchor")
+# Training pairs of the toy world by what learns: more for what learns slower, all within minutes on a CPU
 TOY_SAMPLES = {"text": 32000, "image": 32000, "audio": 10000, "depth": 48000, "thermal": 48000, "imu": 20000}
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, began=None):
+    """The command line's options; what it does not say is as in `began`, the options of a run that goes on."""
     parser = evaluate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pair", help="two of " + ", ".join(MODALITIES) + ", anchor first, joined by -; several pairs by commas")
@@ -64,45 +66,58 @@ def parse_args(argv=None):
     add("--allow-outside", action="store_true", help="read files outside a manifest's folder, too")
     add("--eval-data", help="held-out data (default: the test split of toy and NAME:ROOT, else the training items)")
     add("--preset", choices=("tiny", "base", "huge"), help="sizes of new encoders (default: tiny for toy, else base)")
-    add("--init", help="start from this run, model.pt, or released ImageBind file")
+    add("--init", help="start from the encoders of a run, a model.pt, any file that --clip takes, or imagebind_huge")
     add("--clip", help="bind to this CLIP's frozen image and text encoders: a file, a folder, or a name such as ViT-B-16")
-    add("--heads", type=evaluate.parse_heads, help="attention heads of --clip where its file does not tell: image=16,text=8")
+    add("--heads", type=evaluate.parse_heads, help="attention heads of --clip where its file does not tell: image=16,text=12")
     add("--train-both", action="store_true", help="freeze nothing")
     add("--out", help="the run's folder (default: runs/PAIR, numbered if that exists)")
-    add("--resume", metavar="RUN", help="go on with the run in this folder, with its own options")
-    for name, kind in (("epochs", int), ("batch-size", int), ("lr", float), ("weight-decay", float), ("clip-grad", float),
-                       ("warmup", float), ("replicate", float), ("drop-path", float)):
-        add(f"--{name}", type=kind, help="default: SETTINGS, in epochs" if name == "warmup" else "default: SETTINGS")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, with its own options (but --workers, --save-every)")
+    for name, kind, what in (("epochs", int, ""), ("batch-size", int, "pairs over all processes; "), ("lr", float, ""),
+                             ("weight-decay", float, ""), ("clip-grad", float, ""), ("warmup", float, "in epochs; "),
+                             ("replicate", float, ""), ("drop-path", float, "")):
+        add(f"--{name}", type=kind, help=f"{what}default: SETTINGS")
     add("--micro-batch", type=int, help="pairs whose activations are held at once; the gradient stays the whole batch's")
     add("--token-drop", type=float, default=0.0, help="share of the learning encoder's patches that each step leaves out")
     add("--temperature", help="a fixed temperature, or 'learned' (default: SETTINGS)")
-    add("--steps", type=int, help="stop the schedule after this many steps instead of whole epochs")
+    add("--steps", type=int, help="shorten the schedule, warm-up too, to this many steps, or lengthen it")
     add("--cache-anchor", type=int, nargs="?", const=1, metavar="VIEWS",
         help="embed each item of the frozen anchor once, in so many augmented views (default 1: as in evaluation)")
     add("--samples", type=int, help="size of the toy world, or of an epoch of shards")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA, off on the CPU")
     add("--compile", action="store_true", help="torch.compile the encoders")
-    add("--eval-every", type=int, default=0, help="evaluate on held-out data every so many steps")
+    add("--eval-every", type=int, default=0, help="evaluate every so many steps, on held-out data where there are any")
     add("--save-every", type=float, default=300, help="seconds between checkpoints")
     add("--max-bad", type=float, default=0.01, help="end the run if more than this share of items cannot be read")
     add("--dry-run", action="store_true", help="print what the run would take, by a probe of this device; write nothing")
     add("--world-size", type=int, default=1, help="processes to plan for with --dry-run")
     add("--workers", type=int, default=2, help="loader processes")
     add("--seed", type=int, default=0)
+    parser.set_defaults(**(began or {}))
     args = parser.parse_args(argv)
     if not args.pair and (args.dry_run or not args.resume):
         raise UsageError("name a --pair, such as image-audio, or a run to --resume")
-    for name in ("epochs", "batch_size", "lr", "clip_grad", "replicate", "steps", "samples",
-                 "micro_batch", "world_size", "cache_anchor"):
-        if (value := getattr(args, name)) is not None and value <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    if not 0 <= args.token_drop < 1:
-        raise UsageError(f"--token-drop {args.token_drop}: a share of the patches, from 0 to below 1")
     try:
         args.temperature = args.temperature if args.temperature in (None, "learned") else float(args.temperature)
     except ValueError:
-        raise UsageError(f"--temperature {args.temperature}: a number above 0, or learned") from None
+        raise UsageError(f"--temperature {args.temperature}: neither a number nor learned") from None
+    require_ranges(args)
     return args
+
+
+def require_ranges(args):
+    """UsageError for a number that its option cannot be."""
+    for name, value in vars(args).items():
+        option, number = f"--{name.replace('_', '-')} {value}", isinstance(value, (int, float))
+        if name in ("epochs", "batch_size", "lr", "clip_grad", "replicate", "steps", "samples", "micro_batch", "world_size",
+                    "cache_anchor") and number and not value > 0:
+            raise UsageError(f"{option}: must be above 0")
+        if name in ("token_drop", "drop_path") and number and not 0 <= value < 1:
+            raise UsageError(f"{option}: a share, from 0 to below 1")
+        if name == "temperature" and number and not 1 / MAX_LOGIT_SCALE <= value < math.inf:
+            raise UsageError(f"{option}: must be above 0, and at least {1 / MAX_LOGIT_SCALE:g}, as the logit scale is at most "
+                             f"{MAX_LOGIT_SCALE:g}")
+        if number and not value >= 0:
+            raise UsageError(f"{option}: must not be below 0")
 
 
 def parse_pairs(text):
@@ -111,6 +126,8 @@ def parse_pairs(text):
         unknown = [m for m in pair if m not in MODALITIES]
         if unknown or len(pair) != 2 or pair[0] == pair[1]:
             raise UsageError(f"--pair {'-'.join(pair)}: a pair is two different ones of {', '.join(MODALITIES)}, joined by -")
+    if len(set(map(frozenset, pairs))) < len(pairs):
+        raise UsageError(f"--pair {text}: names a pair twice; for longer training set --epochs")
     return pairs
 
 
@@ -125,14 +142,24 @@ def learner_of(pair, ready):
 
 
 def settings_for(args, learner, size):
-    """The table's row for the modality that learns, with the command line's options over it; batch no larger than the data."""
+    """The table's row for the modality that learns, with the command line's options over it; batch no larger than the data.
+
+    --steps shortens the warm-up as much as the whole schedule, so that it stays the same share of it.
+    """
     row = dict(zip(COLUMNS, SETTINGS["toy" if args.data == "toy" else encoder_of(learner)]))
     row |= {key: value for key in row if (value := getattr(args, key)) is not None}
     if args.temperature is not None:
         row["temperature"] = None if args.temperature == "learned" else args.temperature
-    row["batch_size"] = min(row["batch_size"], max(1, int(size * row["replicate"])))
-    row["steps_per_epoch"] = int(size * row["replicate"]) // row["batch_size"]
+    per_epoch = int(size * row["replicate"])
+    if per_epoch < 1:
+        raise UsageError(f"--replicate {row['replicate']:g}: of {size} items that leaves none for an epoch")
+    row["batch_size"] = min(row["batch_size"], per_epoch)
+    if row["batch_size"] < processes():
+        raise UsageError(f"a batch of {row['batch_size']} pairs leaves nothing to some of {processes()} processes: start fewer, "
+                         "or take a larger --batch-size, or more data")
+    row["steps_per_epoch"] = per_epoch // row["batch_size"]
     row["steps"] = args.steps or row["epochs"] * row["steps_per_epoch"]
+    row["warmup"] *= min(1, row["steps"] / (row["epochs"] * row["steps_per_epoch"]))
     return row
 
 
@@ -147,14 +174,14 @@ class Run:
     """A run's folder: config.json, log.jsonl, bad_items.txt, state.pt and model.pt. Rank 0 writes."""
 
     def __init__(self, folder):
-        self.folder, self.main = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
+        self.folder, self.main = Path(folder), rank() == 0
 
     def begin(self, args, fingerprint):
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in LOGS:  # of an attempt that was stopped before its first checkpoint
             (self.folder / name).unlink(missing_ok=True)
         versions = {name: version(name) for name in ("torch", "torchaudio", "numpy", "pillow")}
-        config = vars(args) | {"command": sys.argv, "data_fingerprint": fingerprint,
+        config = vars(args) | {"command": sys.argv, "data_fingerprint": fingerprint, "code": code_digest(),
                                "versions": {"python": platform.python_version(), **versions}}
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -221,15 +248,47 @@ class Run:
 
 
 def new_folder(args):
-    if args.out:
-        if (Path(args.out) / "config.json").exists():
-            raise UsageError(f"--out {args.out} holds a run already: --resume it, or name another folder")
-        return Path(args.out)
-    folder, count = Path("runs") / args.pair.replace(",", "+"), 1
-    while (folder / "config.json").exists():
-        count += 1
-        folder = folder.with_name(f"{args.pair.replace(',', '+')}-{count}")
-    return folder
+    """The folder of a new run: --out, else runs/PAIR with the first number that is free."""
+    name, found = args.pair.replace(",", "+"), [None]
+    if rank() == 0:  # for all processes: another would find what this one has made by then
+        numbered = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+        free = (path for path in ([Path(args.out)] if args.out else numbered) if not (path / "config.json").exists())
+        found = [next(free, None)]
+    if processes() > 1:
+        dist.broadcast_object_list(found)
+    if found[0] is None:
+        raise UsageError(f"--out {args.out} holds a run already: --resume it, or name another folder")
+    return found[0]
+
+
+def options_of_run(args):
+    """The options that the run of --resume began with; UsageError for others beside it, but --workers and --save-every,
+    on which no number of it hangs."""
+    folder, config = Path(args.resume), Path(args.resume) / "config.json"
+    if not config.exists():
+        raise UsageError(f"--resume {folder}: no run in this folder (no config.json)")
+    try:
+        saved = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{config}: {error}") from None
+    if linked := [path.name for path in folder.iterdir() if path.is_symlink()]:
+        raise UsageError(f"--resume {folder}: {linked[0]} is a link, and a run writes nowhere but in its folder")
+    began = {key: value for key, value in saved.items() if hasattr(args, key)} | {"resume": args.resume}
+    args = parse_args(began=began)
+    for name, value in began.items():
+        if getattr(args, name) != value and name not in ("workers", "save_every"):
+            raise UsageError(f"--resume {folder} goes on with the run's own options: leave out --{name.replace('_', '-')}, "
+                             f"or start a new run from its weights: --init {folder}")
+    return args
+
+
+def code_digest():
+    """Of all that the toy anchor is made by: it must be trained again where this has changed."""
+    return hashlib.sha256(repr((SETTINGS["toy"], source_code("model.py", "data.py", "loss.py"))).encode()).hexdigest()[:16]
+
+
+def source_code(*names):
+    return [Path(__file__).with_name(name).read_bytes() for name in names]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -240,7 +299,7 @@ def learning_rate(step, row):
     """Linear warm-up, then a cosine to zero."""
     warmup = row["warmup"] * row["steps_per_epoch"]
     if step < warmup:
-        return row["lr"] * (step + 1) / warmup
+        return row["lr"] * (step + 1) / max(1, warmup)
     progress = (step - warmup) / max(1, row["steps"] - warmup)
     return row["lr"] * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
@@ -250,7 +309,7 @@ def make_optimizer(trained, row):
     parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim == 2], "weight_decay": row["weight_decay"]},
               {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=row["lr"], betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=row["lr"], betas=(0.9, 0.95), fused=True)  # betas: the paper's, table 9
 
 
 def freeze_anchor(model, pair, ready, args):
@@ -281,15 +340,15 @@ def cache_anchor(args, run, model, anchor, source, amp):
         run.say("--cache-anchor: both encoders learn, so nothing is cached")
         return None
     encoder, views, unread = model.encoder(anchor), args.cache_anchor, []
-    rank, key = (dist.get_rank() if processes() > 1 else 0), [None]
+    key = [None]
     if run.main:
-        code = [Path(module.__file__).read_bytes() for module in (data, sys.modules[ImageBind.__module__])]
+        code = source_code("data.py", "model.py")
         parts = (data.fingerprint(source, anchor), evaluate.fingerprint(encoder), encoder.config, anchor, views, amp, code)
         key = [hashlib.sha256(repr(parts).encode()).hexdigest()[:16]]
     if processes() > 1:
         dist.broadcast_object_list(key)
     cache = data.Cache(run.folder.parent / "cache" / key[0], source, anchor, views)
-    missing = [block for block in range(rank, cache.blocks, processes()) if not cache.path(block).exists()]
+    missing = [block for block in range(rank(), cache.blocks, processes()) if not cache.path(block).exists()]
     keys = (batch for block in missing for batch in cache.keys(source, block))
     loader = load_batches(data.FixedViews(source, {anchor: encoder.config}), keys, args.workers, encoder.pos.device)
     for done, block in enumerate(tqdm(missing, desc=f"embedding {anchor}", unit="block", disable=None if run.main else True)):
@@ -341,6 +400,10 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
     name, learner = "-".join(pair), learner_of(pair, ready)
     source = open_source(args, pair, learner)
     row, trained = settings_for(args, learner, len(source)), freeze_anchor(model, pair, ready, args)
+    frozen = next((m for m in pair if model.encoder(m) not in trained), None)
+    run.say(f"{name}: {frozen} is frozen, {learner} learns" if frozen else
+            f"{name}: " + ("neither has weights, " if anchor_of(pair, ready) is None else "") + "both learn")
+    model.pairs.pop("-".join(reversed(pair)), None)  # one scale for two modalities: the later training's
     for encoder in trained:
         encoder.drop_path, encoder.token_drop = row["drop_path"], args.token_drop
     if args.compile:
@@ -354,8 +417,7 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
         step, counts = state["step"], state["counts"]
         for part, saved in ((criterion, "criterion"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[saved])
-    rank = dist.get_rank() if processes() > 1 else 0
-    learning, loader = training_batches(args, run, model, pair, trained, source, row, step, amp)
+    learning, loader = training_batches(args, run, model, pair, frozen, source, row, step, amp)
     progress = tqdm(total=row["steps"], initial=step, desc=name, unit="step", disable=None if run.main else True)
     last_save = time.monotonic()
     while step < row["steps"]:
@@ -364,13 +426,14 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
         if batch is not None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, row)
-            torch.manual_seed(args.seed * 1_000_003 + step * processes() + rank)  # dropout: the same after a resume
+            torch.manual_seed(args.seed * 1_000_003 + step * processes() + rank())  # dropout: the same after a resume
             try:
                 figures = take_step(learning, pair, batch, criterion, optimizer, scaler, row["clip_grad"], device, amp,
                                     args.micro_batch)
             except FloatingPointError as error:
-                items = ", ".join(source.name(int(i)) for i in batch["index"])
-                raise RunError(f"{error} at step {step} of {name}; the items of its batch: {items}") from None
+                items, more = ", ".join(source.name(int(i)) for i in batch["index"][:10]), len(batch["index"]) - 10
+                raise RunError(f"{error} at step {step} of {name}; the items of its batch: {items}"
+                               + (f" and {more} more" if more > 0 else "")) from None
             model.pairs[name] = min(criterion.logit_scale.item(), MAX_LOGIT_SCALE)
             run.log(event="step", pair=name, step=step, **figures, temperature=1 / model.pairs[name],
                     lr=learning_rate(step - 1, row), bad=counts["bad"])
@@ -389,14 +452,13 @@ def train_pair(args, run, model, pair, ready, device, amp, state):
     ready.update(encoder_of(m) for m in pair)
 
 
-def training_batches(args, run, model, pair, trained, source, row, start, amp):
+def training_batches(args, run, model, pair, frozen, source, row, start, amp):
     """The model that embeds this process's batches from step `start` on, and an iterator over them (see load_batches)."""
-    frozen = next((m for m in pair if model.encoder(m) not in trained), None)
     cache = cache_anchor(args, run, model, frozen, source, amp) if args.cache_anchor else None
     configs = {m: model.encoder(m).config for m in pair if cache is None or m != frozen}
     learning = without_anchor(model, frozen) if cache else model
     keys = data.draws(source, row["batch_size"], row["steps"] // row["steps_per_epoch"] + 1, row["replicate"], args.seed,
-                      start, rank=dist.get_rank() if processes() > 1 else 0, world=processes())
+                      start, rank(), processes())
     device = model.encoder(pair[0]).pos.device
     return learning, load_batches(data.Samples(source, configs, args.seed, cache), keys, args.workers, device)
 
@@ -512,6 +574,7 @@ def ignore_signals(worker):
 
 
 def open_source(args, pair, learner):
+    """What --data names, with both of the pair in it; the toy world in the learner's size. Raises UsageError, DataError."""
     if args.data == "toy":
         return data.ToyWorld(size=args.samples or TOY_SAMPLES[encoder_of(learner)])
     source = data.open_data(args.data, size=args.samples, allow_outside=args.allow_outside)
@@ -556,8 +619,10 @@ def initial_model(args, pairs, run):
     width = next(iter(ready.values())).config.embed_dim if args.clip else preset(kind, needed[0]).embed_dim
     widths = {m: encoder.config.embed_dim for m, encoder in ready.items()} | {m: width for m in needed if m not in ready}
     if len(set(widths.values())) > 1:
-        raise UsageError(f"encoders of one model share one embedding width, and with --init {args.init} they are "
-                         f"{', '.join(f'{m} {w}' for m, w in widths.items())}: name the --preset that it was made with")
+        where = " and ".join(f"--{name} {getattr(args, name)}" for name in ("init", "clip") if getattr(args, name)) or TOY_ANCHOR
+        raise UsageError(f"encoders of one model share one embedding width, and with {where} they are "
+                         f"{', '.join(f'{m} {w}' for m, w in widths.items())}: "
+                         + ("leave one of them out" if args.clip else "name the --preset that it was made with"))
     torch.manual_seed(args.seed)
     model = ImageBind([replace(preset(kind, m), embed_dim=width) for m in needed if m not in ready])
     model.encoders.update(ready)
@@ -586,7 +651,13 @@ def require_vocabulary(vocab):
 
 def toy_anchor(args, run):
     """The toy world's image and text encoders, which stand where CLIP stands: trained once, then kept."""
-    anchor = Run(TOY_ANCHOR)
+    anchor, config = Run(TOY_ANCHOR), TOY_ANCHOR / "config.json"
+    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("code") != code_digest():
+        run.say(f"{TOY_ANCHOR} was made by another model.py, data.py or loss.py, or other toy settings")
+        for name in ("log.jsonl", "state.pt", "model.pt") if run.main else ():
+            (TOY_ANCHOR / name).unlink(missing_ok=True)
+        if processes() > 1:
+            dist.barrier()  # until all have seen it and it is gone
     if not anchor.finished():
         run.say(f"no CLIP weights: training the toy anchor (image-text) first, kept in {TOY_ANCHOR}")
         train(parse_args(["--pair", "image-text", "--amp", args.amp, "--workers", str(args.workers)]), anchor)
@@ -602,10 +673,11 @@ def train(args, run):
         seed(args.seed)
     for pair in pairs:  # before anything long: what could only fail after it
         source = open_source(args, pair, pair[1])
+        settings_for(args, pair[1], len(source))
     columns = evaluation_data(args)[0].columns
     missing = [m for pair in pairs for m in pair if m not in columns]
     if missing:
-        raise UsageError(f"--eval-data {args.eval_data} has no {missing[0]}, only {', '.join(columns)}")
+        raise UsageError(f"{args.eval_data or args.data}, for evaluation, has no {missing[0]}, only {', '.join(columns)}")
     device = choose_device()
     start_state = run.load()
     if start_state:
@@ -654,17 +726,19 @@ PAPER_PAIRS = {"audio": 2_000_000, "depth": 5_000, "thermal": 12_000, "imu": 510
 
 
 def plan(args):
-    """Prints what each pair of a run would take on processes like this one. Image and text count as trained before."""
+    """Prints what each pair of a run would take on processes like this one. Without --init, image and text count as trained."""
     device, kind, pairs = choose_device(), args.preset or ("tiny" if args.data == "toy" else "base"), parse_pairs(args.pair)
     ready = {"image", "text"}
     if args.init or args.clip:
-        model, ready = initial_model(args, pairs, None)
+        model, ready = initial_model(args, pairs, Run("."))  # which only speaks
     else:
+        print("assumes that image and text have weights, as with --clip, or of the toy anchor")
         with torch.device("meta"):
             model = ImageBind([preset(kind, m) for m in dict.fromkeys(encoder_of(m) for pair in pairs for m in pair)])
     for pair in pairs:
         learner = learner_of(pair, ready)
-        if args.data == "toy" and kind != "tiny":  # no data named: the paper's
+        if args.data == "toy" and kind != "tiny":
+            print(f"assumes the paper's data for {'-'.join(pair)}: no --data is named")
             row = settings_for(argparse.Namespace(**vars(args) | {"data": "paper"}), learner,
                                args.samples or PAPER_PAIRS[encoder_of(learner)])
         else:
@@ -738,21 +812,8 @@ def main():
         return plan(args)
     start_processes(choose_device())
     if args.resume:
-        config = Path(args.resume) / "config.json"
-        if not config.exists():
-            raise UsageError(f"--resume {args.resume}: no run in this folder (no config.json)")
-        try:
-            saved = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{config}: {error}") from None
-        folder = Path(args.resume)
-        if linked := [path.name for path in folder.iterdir() if path.is_symlink()]:
-            raise UsageError(f"--resume {folder}: {linked[0]} is a link, and a run writes nowhere but in its folder")
-        for key, value in saved.items():
-            if hasattr(args, key):
-                setattr(args, key, value)
-    else:
-        folder = new_folder(args)
+        args = options_of_run(args)
+    folder = Path(args.resume) if args.resume else new_folder(args)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, STOP.catch)
     try:

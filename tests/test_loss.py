@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import loss as loss_file
-from loss import InfoNCE
+from loss import InfoNCE, info_nce
 
 
 def pairs(n=10):
@@ -25,16 +25,20 @@ def test_the_loss_is_equation_1():
             terms = [math.exp(float(a[i] @ b[j]) / tau) for j in range(5)]
             total -= math.log(terms[i] / sum(terms)) / 5
     loss, accuracy = InfoNCE(tau, learnable=False)(q, k)
-    assert loss.item() == pytest.approx(total, abs=1e-6)
+    assert loss.item() == pytest.approx(total, abs=1e-6) and info_nce(q, k, 1 / tau).item() == pytest.approx(total, abs=1e-9)
     assert accuracy.item() == pytest.approx(((k @ q.T).argmax(1) == torch.arange(5)).float().mean().item())
+
+
+def test_who_cannot_tell_pairs_apart_has_a_loss_of_2_ln_n():
+    one = pairs()[0].detach()[:1].expand(8, -1)
+    assert InfoNCE()(one, one)[0].item() == pytest.approx(2 * math.log(8), abs=1e-6)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_blocks_have_the_value_and_gradients_of_the_whole_matrix(monkeypatch, frozen):
     q, k = pairs()
     whole, blocked = InfoNCE().double(), InfoNCE().double()
-    logits, target = whole.logit_scale * q @ k.T, torch.arange(10)
-    expected = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+    expected = info_nce(q, k, whole.logit_scale)
     gradients = torch.autograd.grad(expected, (q, k, whole.log_logit_scale))
     monkeypatch.setattr(loss_file, "BLOCK", 30)  # four blocks of three rows, the last of one
     loss, _ = blocked(q.detach() if frozen else q, k)

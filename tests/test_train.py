@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,7 +75,7 @@ def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, so
         run(*options, out=tmp_path / "stopped")
     assert len(losses(tmp_path / "stopped")) == 5
     monkeypatch.setattr(train.STOP, "is_set", False)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "stopped")])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "stopped"), "--workers", "1", "--save-every", "9"])
     train.main()
     a, b = (torch.load(f / "model.pt", weights_only=True)["weights"] for f in (whole, tmp_path / "stopped"))
     assert all(torch.equal(a[key], b[key]) for key in a) and losses(whole) == losses(tmp_path / "stopped")
@@ -169,6 +170,7 @@ def test_a_dry_run_adds_up_what_its_probe_measures_and_writes_nothing(monkeypatc
     assert f"1220 steps of 2048 pairs, processes: 8, {epoch * 0.005 / 8:.3g} h" in split  # embeds the learning one twice
     assert "activations of 2048 pairs" in whole and "activations of 64 pairs" in split
     assert f"{(632.8 * 4 + 86.2 * 16) / 1000:.2f} GB weights" in whole and not list(tmp_path.iterdir())
+    assert "assumes that image and text have weights" in whole and "assumes the paper's data for image-audio" in whole
 
 
 def test_the_probe_counts_what_is_kept_for_the_backward_pass():
@@ -190,12 +192,17 @@ def test_fp16_passes_over_a_step_that_overflows(run, monkeypatch, tmp_path):
     assert all(w.isfinite().all() for w in state["model"]["weights"].values())
 
 
-def test_both_towers_learn_where_neither_has_weights(run, tmp_path):
+def test_both_towers_learn_where_neither_has_weights(run, capsys, tmp_path):
     folder = run("--pair", "depth-imu", "--steps", 2, "--workers", 0, out=tmp_path / "new")
     torch.manual_seed(0)
     start = ImageBind([train.preset("tiny", m) for m in ("depth", "imu")]).state_dict()
     end = ImageBind.load(folder / "model.pt").state_dict()
     assert all(not torch.equal(start[f"encoders.{m}.proj.weight"], end[f"encoders.{m}.proj.weight"]) for m in ("depth", "imu"))
+    assert "depth-imu: neither has weights, both learn" in capsys.readouterr().out
+
+    later = run("--pair", "imu-depth", "--steps", 1, "--workers", 0, "--init", folder, out=tmp_path / "later")
+    assert set(ImageBind.load(later / "model.pt").pairs) == {"imu-depth"}  # one scale for two modalities
+    assert "imu-depth: imu is frozen, depth learns" in capsys.readouterr().out
 
 
 def test_new_encoders_take_the_width_of_the_clip_they_bind_to(tmp_path):
@@ -222,6 +229,15 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
     assert rates[49] < 0.01
 
 
+def test_steps_shorten_the_warm_up_with_the_schedule():
+    options = ["--pair", "image-imu", "--data", "m.csv"]  # the paper's: 2 of 8 epochs, of 10 batches here
+    rows = [train.settings_for(train.parse_args([*options, *more]), "imu", 5120) for more in ([], ["--steps", "8"])]
+    assert [row["warmup"] * row["steps_per_epoch"] for row in rows] == pytest.approx([20, 2])
+    rates = [train.learning_rate(step, rows[1]) / rows[1]["lr"] for step in range(8)]
+    assert rates[:2] == pytest.approx([0.5, 1]) and rates[7] < 0.1
+    assert train.learning_rate(0, rows[1] | {"warmup": 0.01}) <= rows[1]["lr"]
+
+
 @pytest.mark.parametrize("options,reason", [
     (["--pair", "image-smell"], "image-smell"),
     (["--pair", "image"], "two different"),
@@ -232,7 +248,18 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
     (["--pair", "image-audio", "--data", "m.csv"], "no column audio"),
     (["--pair", "image-text", "--data", "m.csv"], "text is empty"),
     (["--pair", "image-thermal", "--data", "m.csv"], "none of the first 1 image files exists"),
-    (["--pair", "image-audio", "--batch-size", "0"], "--batch-size"),
+    (["--pair", "image-audio", "--batch-size", "0"], "--batch-size 0: must be above 0"),
+    (["--pair", "image-audio,audio-image"], "names a pair twice"),
+    (["--pair", "image-audio", "--temperature", "0"], "--temperature 0.0: must be above 0"),
+    (["--pair", "image-audio", "--temperature", "-1"], "--temperature -1.0: must be above 0"),
+    (["--pair", "image-audio", "--temperature", "hot"], "--temperature hot"),
+    (["--pair", "image-audio", "--drop-path", "1"], "--drop-path 1.0: a share"),
+    (["--pair", "image-audio", "--warmup", "-1"], "--warmup -1.0: must not be below 0"),
+    (["--pair", "image-audio", "--workers", "-1"], "--workers -1"),
+    (["--pair", "image-audio", "--replicate", "1e-9"], "--replicate 1e-09"),
+    (["--pair", "image-audio", "--eval-data", "m.csv"], "m.csv, for evaluation, has no audio"),
+    (["--resume", "runs/toy-anchor", "--batch-size", "32"], "leave out --batch-size"),
+    (["--pair", "image-audio", "--resume", "runs/toy-anchor"], "leave out --pair"),
 ])
 def test_wrong_use_is_one_line_and_writes_nothing(workplace, monkeypatch, options, reason):
     monkeypatch.chdir(workplace)
@@ -243,6 +270,27 @@ def test_wrong_use_is_one_line_and_writes_nothing(workplace, monkeypatch, option
         train.main()
     assert reason in str(error.value) and "\n" not in str(error.value)
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_batch_that_not_every_process_has_a_part_of_is_refused(monkeypatch):
+    monkeypatch.setattr(train, "processes", lambda: 4)
+    args = train.parse_args(["--pair", "image-audio", "--batch-size", "3"])
+    with pytest.raises(UsageError, match="a batch of 3 pairs leaves nothing to some of 4 processes"):
+        train.settings_for(args, "audio", 100)
+
+
+def test_a_toy_anchor_of_other_code_is_trained_again(workplace, monkeypatch, tmp_path, capsys):
+    shutil.copytree(workplace / "runs" / "toy-anchor", tmp_path / train.TOY_ANCHOR)
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    monkeypatch.setattr(train, "train", lambda args, run: trained.append(run.load()))
+    args, run = train.parse_args(["--pair", "image-audio"]), train.Run("unused")
+    train.toy_anchor(args, run)
+    assert not trained
+    monkeypatch.setattr(train, "source_code", lambda *names: "changed")
+    with pytest.raises(ValueError, match="model.pt: no such file"):
+        train.toy_anchor(args, run)
+    assert trained == [None] and "was made by another model.py" in capsys.readouterr().out
 
 
 def test_a_run_is_never_written_over(run, workplace):
@@ -276,7 +324,7 @@ def test_unreadable_items_are_named_once_and_too_many_end_the_run(run, tmp_path)
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_items(run, monkeypatch, tmp_path):
     encode = ImageBind.encode
     monkeypatch.setattr(ImageBind, "encode", lambda self, m, x: encode(self, m, x) * (float("nan") if m == "imu" else 1))
-    with pytest.raises(RunError, match=r"loss is nan at step 1 of image-imu.*toy:train/\d+"):
+    with pytest.raises(RunError, match=r"loss is nan at step 1 of image-imu.*: (toy:train/\d+, ){9}toy:train/\d+ and 54 more$"):
         run("--pair", "image-imu", "--steps", 3, "--workers", 0, out=tmp_path / "nan")
 
 

@@ -120,9 +120,13 @@ def test_huge_has_the_1311_names_of_the_released_file():
 
 def test_export_refuses_what_the_original_cannot_hold(tmp_path):
     clip = load_pretrained(PARITY / "openai_clip_tiny_jit.pt")
-    with pytest.raises(ValueError, match="no audio, depth, thermal, imu"):
+    with pytest.raises(ValueError, match="image, text, audio, depth, thermal, imu, and this model image, text"):
         export_imagebind(clip, tmp_path / "out.pth")
     model = load_pretrained(PARITY / "imagebind_tiny.pt", HEADS)
+    model.encoders["smell"] = model.encoders["imu"]
+    with pytest.raises(ValueError, match="this model .*smell"):
+        export_imagebind(model, tmp_path / "out.pth")
+    del model.encoders["smell"]
     model.encoders["text"].config.activation = "quick_gelu"
     with pytest.raises(ValueError, match="quick_gelu"):
         export_imagebind(model, tmp_path / "out.pth")
