@@ -256,7 +256,7 @@ class Encoder(nn.Module):
                 nn.init.zeros_(layer.bias)
         nn.init.normal_(self.proj.weight, std=D**-0.5)
 
-    def tokens(self, x):
+    def sequence(self, x):
         """The input as the sequence the blocks see: (B, N, D), class token first."""
         if self.config.is_text:
             return self.stem(x) + self.pos[:, : x.shape[1]]
@@ -276,7 +276,7 @@ class Encoder(nn.Module):
             # batch at its longest text. The end token has the largest id of its row.
             at = x.argmax(dim=-1)
             x = x[:, : int(at.max()) + 1]
-        x = self.tokens(x)
+        x = self.sequence(x)
         if self.training and self.token_drop and not self.config.is_text:
             x = drop_patches(x, self.token_drop)
         last = len(self.blocks) - 1

@@ -79,7 +79,7 @@ def embed_dense(encoder, x):
     A patch's is the value that the last block's attention would fetch from it: the class token receives
     a weighted mean of them, so they lie where norm and projection read.
     """
-    x = encoder.tokens(x)
+    x = encoder.sequence(x)
     for block in encoder.blocks[:-1]:
         x = block(x)
     last = encoder.blocks[-1]
