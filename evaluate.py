@@ -377,6 +377,20 @@ def unreadable(*bad):
     return {"bad": len(names), "bad_items": [item.name for item in names[:100]]}
 
 
+def left_out(result):
+    """How many items a result's figures are without, and why, in words."""
+    counts = {"unreadable": result["bad"], "absent": result["absent"]}
+    rarer = {"unlabelled": result.get("unlabelled"), "without a match": result.get("without_match")}
+    return ", ".join(f"{n} {why}" for why, n in (counts | {why: n for why, n in rarer.items() if n}).items())
+
+
+def labelled(source, z, indices):
+    """Embeddings (N, E), indices and classes (N,) of the items that have a class, and how many have none."""
+    labels = item_labels(source, indices)
+    known = labels >= 0
+    return z[known], indices[known], labels[known], int((~known).sum())
+
+
 def zeroshot(args, model, source):
     require(model, source, args.modality)
     if "text" not in model.encoders or not source.classes:
@@ -398,16 +412,14 @@ def zeroshot(args, model, source):
     else:
         result |= classify(source, z, indices, classes, owner, args.partial)
     figures = {key: value for key, value in result.items() if isinstance(value, float)}
-    print(f"{args.modality}: {len(z)} items ({result['bad']} unreadable, {result['absent']} absent), {C} classes: "
+    print(f"{args.modality}: {result['items']} items ({left_out(result)}), {C} classes: "
           + ", ".join(f"{key} {value:.1%}" for key, value in figures.items()))
     return result
 
 
 def classify(source, z, indices, classes, owner, partial):
     """Top-1, top-5 (among the classes' names), mean per class, and top-1 per fold; of the items that have a class."""
-    labels, C = item_labels(source, indices), len(source.classes)
-    unlabelled = int((labels < 0).sum())
-    z, indices, labels = z[labels >= 0], indices[labels >= 0], labels[labels >= 0]
+    C, (z, indices, labels, unlabelled) = len(source.classes), labelled(source, z, indices)
     counts = torch.bincount(labels, minlength=C)
     present = require_items(counts, source.classes, 1, partial)
     rank = ranks(z, classes, labels, owner)
@@ -430,8 +442,8 @@ def retrieval(args, model, source):
     sides = {args.query: (q, item_labels(source, qi)), args.gallery: (g, item_labels(source, gi))}
     for a, b in ((args.query, args.gallery), (args.gallery, args.query)):
         result[f"{a}->{b}"] = figures = search(*sides[a], *sides[b])
-        print(f"{a}->{b}: {figures['queries']} queries, {figures['items']} items ({result['bad']} unreadable, {result['absent']} "
-              "absent): " + ", ".join(f"R@{k} {figures[f'R@{k}']:.1%}" for k in (1, 5, 10))
+        print(f"{a}->{b}: {figures['queries']} queries, {figures['items']} items ({left_out(result | figures)}): "
+              + ", ".join(f"R@{k} {figures[f'R@{k}']:.1%}" for k in (1, 5, 10))
               + f", median rank {figures['median_rank']:g}")
     return result
 
@@ -455,9 +467,7 @@ def fewshot(args, model, source):
     if source.multi_label or not source.classes:
         raise UsageError("few-shot classification needs data with one class per item (a label column)")
     z, indices, bad = embed_items(model, source, args.modality, args.batch_size, args.workers)
-    labels, C = item_labels(source, indices), len(source.classes)
-    unlabelled = int((labels < 0).sum())
-    z, indices, labels = z[labels >= 0], indices[labels >= 0], labels[labels >= 0]
+    C, (z, indices, labels, unlabelled) = len(source.classes), labelled(source, z, indices)
     names = [source.row(int(i))["fold"] for i in indices] if "fold" in source.header else []
     number = {name: n for n, name in enumerate(sorted(set(names)))}
     fold = torch.tensor([number[name] for name in names]) if names else None
@@ -480,7 +490,7 @@ def fewshot(args, model, source):
         result["shots"][k] = {"mean": accuracy.mean().item(), "deviation": accuracy.std(correction=0).item(),
                               "test_items": int(test.sum())}
         print(f"{args.modality}, {k} per class: {accuracy.mean():.1%} +- {accuracy.std(correction=0):.1%} on {test.sum()} of "
-              f"{len(z)} items ({result['bad']} unreadable), {C} classes, {args.draws} draws")
+              f"{len(z)} items ({left_out(result)}), {C} classes, {args.draws} draws")
     return result
 
 
@@ -502,8 +512,9 @@ def arithmetic(args, model, source):
     rows = [int(indices[n]) for n in nearest[0]]
     found = [{"item": source.about(i, args.gallery), "similarity": score} for i, score in zip(rows, scores[0].tolist())]
     lines = [f"  {item['similarity']:.3f}  {item['item']}" for item in found]
-    print(f"{' + '.join(args.add)}, nearest of {len(g)} items:", *lines, sep="\n")
-    return {"add": args.add, "gallery": args.gallery, "items": len(g), "absent": source.absent, **unreadable(bad), "found": found}
+    result = {"add": args.add, "gallery": args.gallery, "items": len(g), "absent": source.absent, **unreadable(bad)}
+    print(f"{' + '.join(args.add)}, nearest of {len(g)} items ({left_out(result)}):", *lines, sep="\n")
+    return result | {"found": found}
 
 
 def picture_parts(args):
@@ -555,7 +566,9 @@ def matrix(args, model, source):
     modalities = comparable(model, source)
     recall, zero, bad = emergence(model, source, modalities, args.batch_size, args.workers)
     print_matrix(model, modalities, recall)
-    return {"retrieval_r1": recall, "zeroshot_top1": zero, "pairs": model.pairs, "absent": source.absent, **unreadable(bad)}
+    result = {"retrieval_r1": recall, "zeroshot_top1": zero, "pairs": model.pairs, "absent": source.absent, **unreadable(bad)}
+    print(f"left out: {left_out(result)}")
+    return result
 
 
 def print_matrix(model, modalities, recall):
@@ -581,20 +594,16 @@ def compare(args, model, source):
     for a, b in itertools.combinations(given, 2):
         table = match_probabilities(model, a, b, embeddings[a], embeddings[b])
         result[f"{a} x {b}"] = table.tolist()
-        print_probabilities(f"{a} x {b}", given[a], given[b], table)
+        rows, columns = ([item if m == "text" else Path(item).name for item in given[m]] for m in (a, b))
+        print_probabilities(f"{a} x {b}", rows, columns, table)
     return {"items": given, "softmax": result}
 
 
 def print_probabilities(title, rows, columns, table):
     print(f"\n{title}, each row's softmax")
-    print(" " * 20 + "".join(f"{label(item)[:12]:>14}" for item in columns))
-    for item, row in zip(rows, table.tolist()):
-        print(f"{label(item)[:19]:20}" + "".join(f"{p:14.4e}" for p in row))
-
-
-def label(item):
-    """A file's name, or a text."""
-    return Path(item).name if Path(item).is_file() else item
+    print(" " * 20 + "".join(f"{name[:12]:>14}" for name in columns))
+    for name, row in zip(rows, table.tolist()):
+        print(f"{name[:19]:20}" + "".join(f"{p:14.4e}" for p in row))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -609,7 +618,7 @@ PAPER = [  # column, data set, command, modality or query and gallery, figure, p
     ("SUN-D", "sunrgbd", zeroshot, "depth", "top1", 35.1, 5.26),
     ("AS-A mAP", "audioset", zeroshot, "audio", "mAP", 17.6, 0.62),
     ("VGGS", "vggsound", zeroshot, "audio", "top1", 27.8, 0.32),
-    ("ESC", "esc50", zeroshot, "audio", "mean_of_folds", 66.9, 2.75),
+    ("ESC", "esc50", zeroshot, "audio", "mean_of_folds", 66.9, 2.75),  # as the paper prints it; of 50 classes it is 2.0
     ("LLVIP", "llvip", zeroshot, "thermal", "top1", 63.4, 50.0),
     ("Ego4D", "ego4d", zeroshot, "imu", "top1", 25.0, 0.9),
     ("Clotho R@1", "clotho", retrieval, "text->audio", "R@1", 6.0, None),

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
-from model import MODALITIES, encoder_of  # noqa: E402
+from model import MODALITIES, choose_device, encoder_of  # noqa: E402
 
 QUERIES, FOUND = 3, 4  # in each gallery; shown of what each finds
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
@@ -144,7 +144,8 @@ def matrix_table(model, modalities, recall):
         for b in modalities:
             value, trained = recall.get(f"{a}->{b}"), evaluate.trained_together(model, a, b)
             kind = "trained" if trained else "emergent deep" if value and value > 0.7 else "emergent"
-            cells.append("<td></td>" if a == b else f'<td class="{kind}" style="--v:{value:.3f}">{100 * value:.1f}</td>')
+            cells.append("<td></td>" if a == b else "<td>unbound</td>" if value is None else
+                         f'<td class="{kind}" style="--v:{value:.3f}">{100 * value:.1f}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f'<th scope="col">{m}</th>' for m in modalities)
     return f'<table class="matrix"><tr><td></td>{head}</tr>{"".join(rows)}</table>'
@@ -178,7 +179,7 @@ def emergence_lines(model, events, starts):
         recall, pair = event["retrieval_r1"], event["pair"].split("-")
         for a, b in itertools.combinations(dict.fromkeys(m for key in recall for m in key.split("->")), 2):
             trained = evaluate.trained_together(model, a, b)
-            if not trained or {a, b} == set(pair):
+            if f"{a}->{b}" in recall and (not trained or {a, b} == set(pair)):
                 points = lines.setdefault((f"{a} ↔ {b}" + ", trained" * trained, pair[-1] + " dashed" * trained), [])
                 points.append((starts[event["pair"]] + event["step"], (recall[f"{a}->{b}"] + recall[f"{b}->{a}"]) / 2))
     return [(label, kind, points) for (label, kind), points in lines.items()]
@@ -231,7 +232,8 @@ def gallery(model, source, embedded, a, b, recall, opened):
 
 def galleries(model, source, embedded, recall):
     order = list(embedded)  # neighbours first, so that those shown open chain through all modalities
-    pairs = sorted(itertools.permutations(order, 2), key=lambda pair: (
+    bound = [(a, b) for a, b in itertools.permutations(order, 2) if f"{a}->{b}" in recall]
+    pairs = sorted(bound, key=lambda pair: (
         evaluate.trained_together(model, *pair), (order.index(pair[1]) - order.index(pair[0])) % len(order)))
     body = "".join(gallery(model, source, embedded, a, b, recall, n < 4) for n, (a, b) in enumerate(pairs))
     right = "of the same class" if source.classes else "the same item"
@@ -264,7 +266,10 @@ def toy_sums(result, size):
 
 
 def arithmetic(model, source, embedded, args):
-    parts = [m for m in ("image", "audio", "imu", "thermal", "depth", "text") if m in embedded][:2]
+    parts = [m for m in ("image", "audio", "imu", "thermal", "depth", "text")
+             if m in embedded and evaluate.bound(model, "image", m)][:2]
+    if len(parts) < 2:
+        return ""
     head, text = "", "Two embeddings added, and what is nearest to their sum among all other items."
     if isinstance(source, data.ToyWorld):
         args = argparse.Namespace(**vars(args), parts=parts, gallery=parts[0], scenes=512, top=FOUND,
@@ -318,6 +323,9 @@ def page(name, model, source, args, log):
                                   f"{', '.join(model.encoders)}, the data have {', '.join(source.columns)}")
     embedded = {m: evaluate.embed_items(model, source, m, args.batch_size, args.workers, args.limit) for m in modalities}
     recall, zeroshot = evaluate.pairwise(model, source, embedded)
+    if not recall:
+        raise evaluate.UsageError(f"nothing joins any of {', '.join(modalities)} in this checkpoint (its pairs: "
+                                  f"{', '.join(model.pairs) or 'none'}): scores would be noise")
     bad = list(dict.fromkeys(item for _, _, unread in embedded.values() for item in unread))
     note = "R@1 in %: how often the nearest item of the column's modality is right, for the items of the row's."
     legend = "".join(f'<span class="{kind}"></span>{words}' for kind, words in (
@@ -345,8 +353,11 @@ def page(name, model, source, args, log):
 def main():
     parser = evaluate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run's folder, or whatever evaluate.py's --checkpoint takes")
-    parser.add_argument("--data", help="toy, a manifest (CSV), or NAME:ROOT (default: what the run is evaluated on, else toy)")
-    parser.add_argument("--heads", type=evaluate.parse_heads, help="attention heads where the file does not say: image=16,text=8")
+    parser.add_argument("--data", help="toy, a manifest (CSV), tar shards, or NAME:ROOT (default: what the run is evaluated on, "
+                        "else toy)")
+    parser.add_argument("--allow-outside", action="store_true", help="read files outside a manifest's folder, too (default: as "
+                        "the run did)")
+    parser.add_argument("--heads", type=evaluate.parse_heads, help="attention heads where no file says: image=16,text=12")
     parser.add_argument("--out", help="the file to write (default: report.html in the run's folder)")
     parser.add_argument("--limit", type=evaluate.positive, help="look at the first so many rows of the data alone")
     parser.add_argument("--batch-size", type=evaluate.positive, default=64)
@@ -356,8 +367,9 @@ def main():
     folder = path if path.is_dir() else path.parent
     config = json.loads((folder / "config.json").read_text()) if (folder / "log.jsonl").is_file() else {}
     spec = args.data or config.get("eval_data") or config.get("data") or "toy"
-    source = data.open_data(spec, "test")
-    model = evaluate.load_model(args.checkpoint, args.heads).to("cuda" if torch.cuda.is_available() else "cpu")
+    outside = args.allow_outside or not args.data and config.get("allow_outside", False)  # the run's for the run's data alone
+    source = data.open_data(spec, "test", allow_outside=outside)
+    model = evaluate.load_model(args.checkpoint, args.heads).to(choose_device())
     text = page(f"{folder.name if config else path.name} on {spec}", model, source, args, read_log(folder / "log.jsonl"))
     out = Path(args.out) if args.out else (folder if config else Path()) / "report.html"
     out.write_text(text, encoding="utf-8")

@@ -116,6 +116,17 @@ def test_galleries_show_the_nearest_and_mark_them_truly_and_the_matrix_is_evalua
         assert [hit[2][0] for hit in hits] == ["✓" if s else "✗" for s in same]
 
 
+def test_what_no_pair_joins_is_said_to_be_unbound(monkeypatch):
+    monkeypatch.setattr(report, "arithmetic", lambda *args: "")
+    torch.manual_seed(0)
+    model, source = ImageBind([preset("tiny", m) for m in ("image", "audio", "depth", "imu")]), data.ToyWorld("test", 64)
+    model.pairs = {"image-audio": 10.0, "depth-imu": 10.0}
+    args = report.argparse.Namespace(batch_size=64, workers=0, limit=8)
+    page = Page(report.page("m", model, source, args, ([], {}, 0)))
+    assert [text for _, text in page.cells].count("unbound") == 8
+    assert {place for place, _ in page.rows if place} == {"imageaudio", "audioimage", "depthimu", "imudepth"}
+
+
 def test_sums_of_the_toy_world_are_marked_by_what_the_scenes_show(monkeypatch):
     def embed_items(model, world, modality, *_, parts):  # a scene is the sum of what it shows; the second sense hears poorly
         shown = [world.concepts(i) for i in range(len(world))]

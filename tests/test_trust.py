@@ -268,6 +268,8 @@ def test_every_result_says_what_was_left_out(tmp_path, capsys):
         result = command(arguments(**options), model, source)
         assert (result["bad"], result["bad_items"], result["absent"]) == (1, ["m.csv:4"], 0), command.__name__
         assert command not in (evaluate.zeroshot, evaluate.fewshot) or result["unlabelled"] == 1
+        said = "1 unreadable, 0 absent" + ", 1 unlabelled" * ("unlabelled" in result)
+        assert said in capsys.readouterr().out, command.__name__
         if command is evaluate.retrieval:  # the text of the damaged picture has classmates; the one without a class is itself
             assert result["text->image"]["without_match"] == 0 and result["text->image"]["items"] == 8
 
@@ -282,6 +284,14 @@ def test_what_no_pair_joins_is_not_scored(command, options):
     options = dict.fromkeys(data.MODALITIES) | options
     with pytest.raises(UsageError, match="(nothing joins .*depth|thermal was never trained).* scores would be noise"):
         command(arguments(**options), model, data.ToyWorld("test", 64))
+
+
+def test_a_text_longer_than_a_file_name_is_compared(tmp_path, capsys):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    model, items = tiny("image", "text", pairs=["image-text"]), dict.fromkeys(data.MODALITIES)
+    items |= {"image": [str(tmp_path / "a.png")], "text": ["a dog " * 60, "a cat"]}
+    result = evaluate.compare(argparse.Namespace(**items), model, None)
+    assert sum(result["softmax"]["image x text"][0]) == pytest.approx(1) and "a.png" in capsys.readouterr().out
 
 
 def test_the_matrix_leaves_out_what_no_pair_joins():
