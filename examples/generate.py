@@ -393,7 +393,7 @@ def main():
     add("--out", default="runs/generate")
     add("--data", default="toy", help="toy, a manifest with an image column, or NAME:ROOT")
     for name, default, what in (("pictures", 20000, "of the toy world"), ("size", 32, "of a side"), ("patch", 8, "of a side"),
-                                ("width", 128, "of the tokens"), ("depth", 4, "in blocks"), ("steps", 1200, "of training"),
+                                ("width", 128, "of the tokens"), ("depth", 4, "in blocks"), ("steps", 4000, "of training"),
                                 ("batch-size", 64, "")):
         add(f"--{name}", type=metrics.positive, default=default, help=what)
     add("--lr", type=float, default=2e-3)
