@@ -50,7 +50,7 @@ DEPTH_MEAN, DEPTH_STD = 0.0418, 0.0295  # of disparities
 SAMPLE_RATE = 16000  # Hz
 AUDIO_CLIPS, VIDEO_CLIPS, CLIP_SECONDS = 3, 5, 2  # per item in evaluation
 # What one item may be, so that a damaged or hostile file costs less than 1 GB of memory and 5 s
-MAX_BYTES, MAX_SAMPLES = 2**28, 25_000_000  # of a file, but video; of a sound, over all channels
+MAX_BYTES, MAX_SAMPLES = 2**28, 20_000_000  # of a file, but video; of a sound, over all channels
 MAX_PIXELS, MAX_MAP, MAX_FRAME = 50_000_000, 25_000_000, 10_000_000  # of a picture; of a depth or thermal map; of a video
 MAX_ROW = 2**24  # bytes, of a table; a .csv of numbers as well
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's formats, those that start no other program
