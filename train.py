@@ -2,13 +2,14 @@
 
     python train.py --pair image-audio                       # the toy world: no files, weights, network or GPU
     python train.py --pair image-audio,image-depth           # one after the other, into one model
-    python train.py --pair image-audio --data pairs.csv      # your own files (README: manifests, tar shards)
+    python train.py --pair image-audio --data pairs.csv --clip ViT-B-16    # your own files (README), bound to CLIP
     python train.py --resume runs/image-audio                # goes on where a run stopped
-    torchrun --nproc_per_node 8 train.py --pair image-audio --data pairs.csv
+    torchrun --nproc_per_node 8 train.py --pair image-audio --data pairs.csv --clip ViT-B-16
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
 
-The anchor is the first of the pair that already has weights (the toy anchor, or an earlier run given by
---init): it is frozen and the other encoder learns to agree with it. Without one, both learn.
+The anchor is the first of the pair that already has weights (from --clip, --init, or the toy anchor): it is
+frozen and the other encoder learns to agree with it. Where neither has any, for image-text, and with --train-both,
+both learn.
 """
 
 import argparse
