@@ -3,7 +3,7 @@
     python benchmarks/kill.py                # every case, 20 kills each
     python benchmarks/kill.py workers suite  # these cases
 
-Every other kill waits until a file is just being written. A case holds if what the last resume
+Every other try waits until a file is just being written. A case holds if what the last resume
 leaves (weights, log, results) is what the run left alone left, bit for bit; its steps save each time.
 Last, one of two processes is killed: the other must end within a minute and say why, and one process
 goes on to the losses of the run left alone, to 1e-4.
@@ -171,11 +171,11 @@ def main():
                 continue
             begun = time.monotonic()
             expected = finish(case, folder / f"{case}-alone" / "run", folder)
-            seconds, kills, halfway, runs, same = time.monotonic() - begun, 0, 0, 0, True
+            seconds, kills, halfway, runs, tries, same = time.monotonic() - begun, 0, 0, 0, 0, True
             while kills < args.kills:
                 out = folder / f"{case}-{runs}" / "run"  # in a folder of its own, where its cache is, too
-                moment = time.time()
-                if kill_once(case, out, folder, random.uniform(0, seconds), wait_for_write=kills % 2 == 1):
+                moment, tries = time.time(), tries + 1
+                if kill_once(case, out, folder, random.uniform(0, seconds), wait_for_write=tries % 2 == 0):
                     kills, halfway = kills + 1, halfway + writing(out.parent, moment)
                 else:  # it came to its end before
                     same, runs, seconds = same and result(out) == expected, runs + 1, min(seconds, time.time() - moment)
