@@ -42,7 +42,7 @@ import torchaudio
 from PIL import Image, UnidentifiedImageError
 
 from clip_weights import tokenizer
-from model import MODALITIES, preset
+from model import MODALITIES, preset, read_checkpoint
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 AUDIO_MEAN, AUDIO_STD = -4.268, 9.138  # of log-mel energies on AudioSet
@@ -1540,12 +1540,15 @@ class Samples(torch.utils.data.Dataset):
         number = int(rng.integers(self.cache.views))
         return self.sample(index, rng, fixed_view(self.source, index, number)[1], number)
 
+    def tensor(self, index, modality, config, rng, view):
+        return transform(modality, self.source.read(index, modality), config, rng, view)
+
     def sample(self, index, rng=None, view=None, number=None):
         sample = {"index": torch.tensor(index)}
         try:
             with naming(self.source.name(index)):
                 for modality, config in self.configs.items():
-                    sample[modality] = transform(modality, self.source.read(index, modality), config, rng, view)
+                    sample[modality] = self.tensor(index, modality, config, rng, view)
                 if number is not None:
                     sample[self.cache.modality] = self.cache.look_up(index, number)
         except DataError as error:
@@ -1597,7 +1600,7 @@ class Cache:
         """The embedding (E,) of an item's view, memory-mapped; DataError if the item could not be read."""
         block = index // self.unit
         if block not in self.opened:
-            self.opened[block] = torch.load(self.path(block), mmap=True, weights_only=True)
+            self.opened[block] = read_checkpoint(self.path(block), mmap=True)
         kept = self.opened[block]  # indices (n,), embeddings (n, views, E)
         z = kept["embeddings"][torch.searchsorted(kept["indices"], index), number]
         if z.isnan().any():

@@ -113,14 +113,9 @@ class PictureParts(data.Samples):
         super().__init__(source, configs)
         self.views = views
 
-    def __getitem__(self, index):
-        try:
-            with data.naming(self.source.name(index)):
-                x = self.source.read(index, "image")
-                parts = [data.transform("image", x[view.box(*x.shape[:2])], self.configs["image"]) for view in self.views]
-        except data.DataError as error:
-            return data.Bad(self.source.name(index), str(error))
-        return {"index": torch.tensor(index), "image": torch.stack(parts)}
+    def tensor(self, index, modality, config, rng, view):
+        x = self.source.read(index, modality)
+        return torch.stack([data.transform(modality, x[part.box(*x.shape[:2])], config) for part in self.views])
 
 
 def embed_texts(model, texts, batch_size=256):
@@ -175,7 +170,7 @@ def recall_at_k(queries, gallery, query_labels, gallery_labels, k=1):
 
 
 def nearest_to_sum(parts, gallery, k=1):
-    """The k items nearest to the sum of parts [(Q, E), ...]: cosines and indices into the gallery, (Q, k) each.
+    """The k items (or all) nearest to the sum of parts [(Q, E), ...]: cosines and indices into the gallery, (Q, k) each.
 
     An item of the gallery (G, E), or of several embeddings (G, K, E): these are searched for each part by itself,
     the nearest counts, and the similarities are added up, as adding the parts up does where there is but one.
@@ -183,7 +178,7 @@ def nearest_to_sum(parts, gallery, k=1):
     gallery, found = gallery.unsqueeze(1) if gallery.ndim == 2 else gallery, []
     for part in blocks(len(parts[0]), gallery[..., 0].numel()):
         scores = sum((z[part] @ gallery.flatten(0, 1).T).unflatten(1, gallery.shape[:2]).amax(dim=2) for z in parts)  # (q, G)
-        top = scores.topk(k)
+        top = scores.topk(min(k, len(gallery)))
         found.append((top.values / sum(z[part] for z in parts).norm(dim=1, keepdim=True), top.indices))
     return tuple(torch.cat(column) for column in zip(*found))
 
@@ -508,7 +503,7 @@ def arithmetic(args, model, source):
     require(model, None, *(modality for modality, _ in parts), args.gallery)
     z = [model.embed(m, data.load(m, item, model.encoder(m).config)[None]).cpu() for m, item in parts]
     g, indices, bad = embed_items(model, source, args.gallery, args.batch_size, args.workers, parts=picture_parts(args))
-    scores, nearest = nearest_to_sum(z, g, min(args.top, len(g)))
+    scores, nearest = nearest_to_sum(z, g, args.top)
     rows = [int(indices[n]) for n in nearest[0]]
     found = [{"item": source.about(i, args.gallery), "similarity": score} for i, score in zip(rows, scores[0].tolist())]
     lines = [f"  {item['similarity']:.3f}  {item['item']}" for item in found]
