@@ -1,204 +1,160 @@
-"""Evaluation in the shared space: zero-shot and few-shot classification, retrieval, arithmetic, the paper's tables.
+"""Evaluation in the shared space: zero-shot and few-shot classification, retrieval, arithmetic, comparison.
 
-What was never trained together is compared all the same, because everything was bound to images
-(paper, section 4). Zero-shot: a class is the mean embedding of prompts that name it; an item
-belongs to the nearest class. Retrieval: the nearest item of another modality. Few-shot: a linear
-probe. Arithmetic: the item nearest to a sum. Scores are made in blocks, never queries x gallery.
+Modalities that never met in training are compared all the same, because each was bound to images (paper,
+section 4). Zero-shot: a class is the mean embedding of prompts that name it, and an item belongs to the
+nearest class. Retrieval: the nearest item of another modality. Few-shot: a linear probe. Arithmetic: the
+item nearest to a sum of embeddings. In reading order: metrics, embeddings and named classes, what training
+joined, the commands, the parser. The paper's tables are in benchmarks/paper.py.
 
-    python evaluate.py matrix                                  # newest run, toy world: every pair of modalities
-    python evaluate.py zeroshot --modality audio               # the same run: held-out sounds named by text
+    python evaluate.py matrix                          # newest run, toy world: every pair of modalities
+    python evaluate.py zeroshot --modality audio       # the same run: held-out sounds named by text
     python evaluate.py zeroshot --modality audio --data esc50:/data/ESC-50 --templates prompts.txt
     python evaluate.py retrieval --query text --gallery audio --data pairs.csv --checkpoint runs/image-audio
     python evaluate.py fewshot --modality audio --shots 1 2 4 8
-    python evaluate.py arithmetic                              # picture + sound finds the scene that shows both
+    python evaluate.py arithmetic                      # picture + sound finds the scene that shows both
     python evaluate.py arithmetic --add image=fruit.jpg audio=birds.wav --data pictures.csv
-    python evaluate.py suite --root /data --checkpoint M --markdown table.md
-    python evaluate.py compare --checkpoint imagebind_huge --image dog.jpg car.jpg --audio dog.wav car.wav --text "A dog." "A car"
+    python evaluate.py compare --checkpoint imagebind_huge --image dog.jpg --audio dog.wav --text "A dog."
 """
 
 import argparse
-import errno
-import hashlib
 import itertools
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from clip_weights import load_pretrained
-from model import MODALITIES, choose_device, encoder_of
+from loss import row_slices
+from model import MODALITIES, encoder_of
+from runtime import cli
+from runtime.cli import UsageError
+from runtime.results import left_out, show, warn_of_unreadable
+from sources import DATASETS, open_data
+from sources.toy import ToyWorld
 
-TEMPLATES = {  # prompts per modality; {} is the class
-    "image": ["a photo of a {}.", "a picture of the {}.", "a close-up of a {}.", "a blurry photo of a {}.", "this is a {}."],
+# How many scores of queries and gallery are in memory: 64 MB in float32
+SCORES_AT_ONCE = 2**24
+
+# Prompts for each modality; {} is the class
+TEMPLATES = {
+    "image": ["a photo of a {}.", "a picture of the {}.", "a close-up of a {}.",
+              "a blurry photo of a {}.", "this is a {}."],
     "video": ["a video of {}.", "a clip of a person {}.", "someone is {}.", "a person doing {}.", "{}."],
     "audio": ["the sound of {}.", "a recording of {}.", "you can hear {}.", "{} in the background.", "{}."],
-    "depth": ["a depth map of a {}.", "a photo of a {}.", "the shape of a {}.", "a picture of the {} of a building.", "{}."],
-    "thermal": ["a thermal picture of a {}.", "an infrared photo of a {}.", "a photo of a {} at night.", "a {} in the street."],
+    "depth": ["a depth map of a {}.", "a photo of a {}.", "the shape of a {}.",
+              "a picture of the {} of a building.", "{}."],
+    "thermal": ["a thermal picture of a {}.", "an infrared photo of a {}.",
+                "a photo of a {} at night.", "a {} in the street."],
     "imu": ["a person doing {}.", "someone is moving: {}.", "a video from a head camera of {}.", "{}."],
 }
-BLOCK = 2**24  # scores made at a time: 64 MB
-
-
-class UsageError(Exception):
-    """Wrong use: one line that says what is wrong and what to do; exit status 2."""
-
-
-class RunError(Exception):
-    """A failure while running, said in one line; exit status 1."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(message)
-
-
-def run_main(main):
-    """Calls a command line's main; what goes wrong becomes one line and the exit status."""
-    try:
-        main()
-    except (UsageError, data.DataError) as error:
-        sys.exit(report_error(error, 2))
-    except RunError as error:
-        sys.exit(report_error(error, 1))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(report_error(f"{error.strerror} {error.filename or ''}", 1))
-
-
-def report_error(error, status):
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    return status
 
 
 # ---------------------------------------------------------------------------------------------
-# Embeddings and metrics
-
-
-def embed_items(model, source, modality, batch_size=64, workers=0, limit=None, parts=()):
-    """Embeddings (N, E) of the source's items on the CPU, their indices (N,), and the Bad ones.
-
-    Rows of one item differ in their text alone: anything else of them is embedded once. With parts, as
-    PARTS, each of a picture's is embedded: (N, K, E).
-    """
-    configs = {modality: model.encoder(modality).config}
-    samples = PictureParts(source, configs, parts) if parts else data.Samples(source, configs)
-    order = [i for i in itertools.islice(source.indices(), limit) if modality == "text" or source.item(i) == i]
-    loader = torch.utils.data.DataLoader(samples, batch_size, sampler=order, num_workers=workers, collate_fn=data.collate)
-    embeddings, indices, bad = [], [], []
-    for batch, unread in tqdm(loader, desc=f"embedding {modality}", leave=False, disable=None):
-        bad += unread
-        if batch is not None:
-            x = batch[modality]
-            z = model.embed(modality, x.flatten(0, 1)).unflatten(0, (len(x), -1)) if parts else model.embed(modality, x)
-            embeddings.append(z.cpu())
-            indices.append(batch["index"])
-    if not embeddings:
-        raise data.DataError(f"no {modality} could be read, the first: {bad[0].reason}")
-    return torch.cat(embeddings), torch.cat(indices), bad
-
-
-# Squares of 55 % of a picture's sides: the middle, and beside it to the left, to the right, above and below
-PARTS = [data.View(0.55, 0.55, x, y, flip=False) for x, y in ((0.5, 0.5), (0, 0.5), (1, 0.5), (0.5, 0), (0.5, 1))]
-
-
-class PictureParts(data.Samples):
-    """Evaluation tensors (K, 3, H, W) of pictures cut to each of several Views."""
-
-    def __init__(self, source, configs, views):
-        super().__init__(source, configs)
-        self.views = views
-
-    def tensor(self, index, modality, config, rng, view):
-        x = self.source.read(index, modality)
-        return torch.stack([data.transform(modality, x[part.box(*x.shape[:2])], config) for part in self.views])
-
-
-def embed_texts(model, texts, batch_size=256):
-    """Embeddings (N, E) of texts given as strings."""
-    config = model.encoder("text").config
-    ids = torch.stack([data.load("text", text, config) for text in texts])
-    return torch.cat([model.embed("text", part).cpu() for part in ids.split(batch_size)])
-
-
-def class_embeddings(model, names, templates):
-    """Prompt ensembling (CLIP, section 3.1.4): (C, E), the normalised mean over a class's prompts."""
-    prompts = [template.format(name) for name in names for template in templates]
-    z = embed_texts(model, prompts).unflatten(0, (len(names), len(templates)))
-    return F.normalize(z.mean(dim=1), dim=-1)
-
-
-def named_classes(model, source, modality, names=None, templates=None):
-    """Embeddings (P, E) of all names of all classes, and the class (P,) of each: a class may have several, by |.
-
-    The best of its names counts for a class, as for "others" of NYU-D (paper, appendix A).
-    """
-    templates = templates or getattr(source, "templates", None) or TEMPLATES[modality]
-    owned = [(c, name) for c, names in enumerate(names or source.classes) for name in names.split("|")]
-    return class_embeddings(model, [name for _, name in owned], templates), torch.tensor([c for c, _ in owned])
-
-
-def blocks(rows, columns):
-    """Slices of the rows, each of at most BLOCK scores against so many columns."""
-    size = max(1, BLOCK // max(1, columns))
-    return [slice(i, i + size) for i in range(0, rows, size)]
+# Metrics, on embeddings (N, E) and labels (N,)
 
 
 def ranks(queries, gallery, query_labels, gallery_labels):
-    """Rank (Q,) from 1 of the best gallery item (G, E) with the label of each query (Q, E); G + 1 without any.
+    """The rank (Q,), from 1, of the best gallery item (G, E) with the label of each query (Q, E).
 
-    Ties count against the query: an item of another label and the same score is ranked before, so a
-    model that gives everything one embedding scores 0. (A score that is not a number, too.)
+    Ties count against the query: items with another label and the same score rank before its own, so that
+    a model that gives everything one embedding scores 0. Scores that are not numbers rank before, too.
+    A query without any item of its label has rank G + 1.
     """
-    rank = torch.empty(len(queries), dtype=torch.long)  # not a list: what is kept between large blocks holes the heap
-    for part in blocks(len(queries), len(gallery)):
+    # Preallocated: small tensors kept between large ones fragment the heap.
+    rank = torch.empty(len(queries), dtype=torch.long)
+    for part in row_slices(len(queries), len(gallery), SCORES_AT_ONCE):
         scores = queries[part] @ gallery.T  # (q, G)
-        query, item = (query_labels[part, None] == gallery_labels).nonzero(as_tuple=True)  # those of their own label
-        best = scores.new_full(scores.shape[:1], -torch.inf).scatter_reduce(0, query, scores[query, item], "amax")  # (q,)
+        match = query_labels[part, None] == gallery_labels
+        # All matches as a list of places (row, column) in the scores
+        query, item = match.nonzero(as_tuple=True)
+        # scatter_reduce sends the score of each match to its query's place in `best`, which keeps the
+        # largest and stays -inf without any. The matches then leave the matrix, so that whatever is not
+        # below the best ranks before it.
+        best = scores.new_full((len(scores),), -torch.inf)
+        best.scatter_reduce_(0, query, scores[query, item], "amax")
         scores[query, item] = -torch.inf
-        rank[part] = 1 + (scores < best[:, None]).logical_not_().sum(dim=1, dtype=torch.int32)
+        before = (scores < best[:, None]).logical_not_()
+        # An int32 sum needs half the memory.
+        rank[part] = 1 + before.sum(dim=1, dtype=torch.int32)
     return rank
 
 
 def recall_at_k(queries, gallery, query_labels, gallery_labels, k=1):
-    """Share of queries (Q, E) with an item of their own label among the k nearest of the gallery (G, E)."""
+    """Share of queries (Q, E) with an item of their own label among the k nearest in the gallery (G, E)."""
     return (ranks(queries, gallery, query_labels, gallery_labels) <= k).float().mean().item()
 
 
-def nearest_to_sum(parts, gallery, k=1):
-    """The k items (or all) nearest to the sum of parts [(Q, E), ...]: cosines and indices into the gallery, (Q, k) each.
-
-    An item of the gallery (G, E), or of several embeddings (G, K, E): these are searched for each part by itself,
-    the nearest counts, and the similarities are added up, as adding the parts up does where there is but one.
-    """
-    gallery, found = gallery.unsqueeze(1) if gallery.ndim == 2 else gallery, []
-    for part in blocks(len(parts[0]), gallery[..., 0].numel()):
-        scores = sum((z[part] @ gallery.flatten(0, 1).T).unflatten(1, gallery.shape[:2]).amax(dim=2) for z in parts)  # (q, G)
-        top = scores.topk(min(k, len(gallery)))
-        found.append((top.values / sum(z[part] for z in parts).norm(dim=1, keepdim=True), top.indices))
-    return tuple(torch.cat(column) for column in zip(*found))
+def search(queries, query_labels, gallery, gallery_labels):
+    """Recall and median rank of the queries with a match in the gallery. UsageError if none has one."""
+    # A query whose match could not be read says nothing about the model.
+    there = torch.isin(query_labels, gallery_labels)
+    if not there.any():
+        raise UsageError("no query has a match that could be read")
+    rank = ranks(queries[there], gallery, query_labels[there], gallery_labels)
+    figures = {"queries": len(rank), "without_match": int((~there).sum()), "items": len(gallery)}
+    for k in (1, 5, 10):
+        figures[f"R@{k}"] = (rank <= k).double().mean().item()
+    return figures | {"median_rank": rank.double().quantile(0.5).item()}
 
 
 def mean_average_precision(z, truth, classes):
-    """Average precision of each class (C, E) over items (N, E) whose classes are truth (N, C) bool; NaN without any.
+    """Average precision (C,) of classes (C, E) over items (N, E); truth (N, C) says which are of which class.
 
-    The area under precision against recall as steps, items of equal score together (as scikit-learn's
+    The area under precision against recall as steps, items with equal scores together (as scikit-learn's
     average_precision_score): the mean, over a class's items, of the precision where their score ends.
+    Five items, by falling score:
+
+        score                      0.9  0.7  0.7  0.5  0.2
+        of the class               yes  no   yes  no   yes
+        its score ends at item     1    3    3    4    5
+        precision there            1/1  2/3  2/3  2/4  3/5
+
+    The first, third and last are of the class: (1/1 + 2/3 + 3/5) / 3 = 0.756. NaN for a class without items.
     """
-    found, position = [], torch.arange(1, len(z) + 1, dtype=torch.float64)[:, None]  # (N, 1)
-    for part in blocks(len(classes), len(z)):
-        scores, order = (z @ classes[part].T).sort(dim=0, descending=True)  # (N, c)
-        hit = truth[:, part].gather(0, order).double()
-        last = torch.ones_like(scores, dtype=torch.bool)  # of its group of equal scores
+    found = []
+    position = torch.arange(1, len(z) + 1, dtype=torch.float64)[:, None]  # (N, 1)
+    for part in row_slices(len(classes), len(z), SCORES_AT_ONCE):
+        # All that follows is (N, c), each column by falling score.
+        scores, order = (z @ classes[part].T).sort(dim=0, descending=True)
+        right = truth[:, part].gather(0, order).double()
+        precision = right.cumsum(0) / position
+        # Whether an item is the last with its score
+        last = torch.ones_like(scores, dtype=torch.bool)
         last[:-1] = scores[1:] != scores[:-1]
-        end = torch.where(last, position - 1, len(z)).flip(0).cummin(dim=0).values.flip(0).long()  # of each one's group
-        precision = (hit.cumsum(0) / position).gather(0, end)
-        found.append((hit * precision).sum(0) / hit.sum(0))
+        # Where each item's score ends: at the nearest `last` from there on, found from the end backwards
+        end = torch.where(last, position - 1, len(z))
+        end = end.flip(0).cummin(dim=0).values.flip(0)
+        precision = precision.gather(0, end.long())
+        found.append((right * precision).sum(0) / right.sum(0))
     return torch.cat(found)
+
+
+def nearest_to_sum(parts, gallery, k=1):
+    """Cosines and indices (Q, k) of the k gallery items (or all) nearest to the sum of parts [(Q, E), ...].
+
+    An item of the gallery has one embedding (G, E) or several (G, K, E). Of several, each part takes the
+    nearest, and the parts' similarities are added up; with one that is the same as adding the parts up.
+    """
+    # From here on every item has K embeddings, K = 1 included.
+    if gallery.ndim == 2:
+        gallery = gallery.unsqueeze(1)  # (G, 1, E)
+    G, K = gallery.shape[:2]
+    # What turns a scalar product with the sum into a cosine
+    norm = sum(parts).norm(dim=1, keepdim=True)
+    cosines, indices = [], []
+    for part in row_slices(len(norm), G * K, SCORES_AT_ONCE):
+        scores = 0
+        for z in parts:
+            similarity = z[part] @ gallery.flatten(0, 1).T  # (q, G * K)
+            scores = scores + similarity.unflatten(1, (G, K)).amax(dim=2)
+        top = scores.topk(min(k, G))
+        cosines.append(top.values / norm[part])
+        indices.append(top.indices)
+    return torch.cat(cosines), torch.cat(indices)
 
 
 def linear_probe(x, y, classes, l2=1e-3):
@@ -206,10 +162,12 @@ def linear_probe(x, y, classes, l2=1e-3):
 
     Minimises the mean cross-entropy + l2 / 2 * |weight|^2 to convergence by L-BFGS.
     """
-    weight, bias = torch.zeros(classes, x.shape[1]), torch.zeros(classes)
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    optimizer = torch.optim.LBFGS(parameters, max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, tolerance_grad=1e-6,
+                                  line_search_fn="strong_wolfe")
 
+    # L-BFGS asks for loss and gradient several times a step.
     def closure():
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(x, weight, bias), y) + l2 / 2 * weight.square().sum()
@@ -220,536 +178,581 @@ def linear_probe(x, y, classes, l2=1e-3):
     return weight.detach(), bias.detach()
 
 
+# ---------------------------------------------------------------------------------------------
+# Embeddings and named classes
+
+
+class Embedded(NamedTuple):
+    """Items of one modality on the CPU: embeddings (N, E), index and label (N,) of each; and the Bad ones."""
+
+    z: torch.Tensor
+    indices: torch.Tensor
+    labels: torch.Tensor
+    bad: list
+
+
+def embed_items(model, source, modality, batch_size=64, workers=0, limit=None):
+    """Embedded of a source's items, all or those in its first `limit` rows."""
+    samples = data.Samples(source, {modality: model.encoder(modality).config})
+    return embed_samples(model.embed, samples, modality, batch_size, workers, limit)
+
+
+def embed_samples(embed, samples, modality, batch_size, workers, limit=None):
+    """Embedded of samples, from embed(modality, batch). Raises DataError if no sample can be read."""
+    source = samples.source
+    order = list(itertools.islice(source.indices(), limit))
+    # Rows of one item differ in their text alone: anything else is embedded once.
+    if modality != "text":
+        order = [i for i in order if source.first_row_of_item(i) == i]
+    loader = torch.utils.data.DataLoader(samples, batch_size, sampler=order, num_workers=workers,
+                                         collate_fn=data.collate)
+    z, indices, bad = [], [], []
+    # collate leaves out the items that cannot be read; a batch of these alone is None.
+    for batch, unread in tqdm(loader, desc=f"embedding {modality}", leave=False, disable=None):
+        bad += unread
+        if batch is not None:
+            z.append(embed(modality, batch[modality]).cpu())
+            indices.append(batch["index"])
+    # Without anything at all there is no figure to give; a few bad items are counted instead.
+    if not z:
+        raise data.DataError(f"no {modality} could be read, the first: {bad[0].reason}")
+    indices = torch.cat(indices)
+    return Embedded(torch.cat(z), indices, item_labels(source, indices), bad)
+
+
 def item_labels(source, indices):
-    """What makes two rows match: their class where the source knows classes (-1 - index without), else being one item."""
+    """Labels (N,) by which rows match: the class where the source has classes, else the item.
+
+    A row without a class has -1 - index, which matches itself alone.
+    """
     if not source.classes:
-        return torch.tensor([source.item(int(i)) for i in indices])
-    labels = torch.tensor([source.label(int(i)) for i in indices])
+        return torch.tensor(list(map(source.first_row_of_item, indices.tolist())))
+    labels = torch.tensor(list(map(source.label, indices.tolist())))
     return torch.where(labels < 0, -1 - indices, labels)
 
 
-def comparable(model, source):
-    """The modalities that a model and data share; video, by the image encoder, where there are no pictures."""
+def with_class(items):
+    """Those of Embedded items that have a class."""
+    known = items.labels >= 0
+    return Embedded(items.z[known], items.indices[known], items.labels[known], items.bad)
+
+
+# Squares with 55 % of a picture's sides: in the middle, at the left, right, top and bottom
+PLACES = ((0.5, 0.5), (0, 0.5), (1, 0.5), (0.5, 0), (0.5, 1))
+PARTS = [data.View(0.55, 0.55, x, y, flip=False) for x, y in PLACES]
+
+
+class PictureParts(data.Samples):
+    """Evaluation tensors (K, 3, H, W) of the K PARTS of each picture."""
+
+    def tensor(self, index, modality, config, rng, view):
+        x = self.source.read(index, modality)
+        boxes = [part.box(*x.shape[:2]) for part in PARTS]
+        return torch.stack([data.transform(modality, x[box], config) for box in boxes])
+
+
+def embed_picture_parts(model, source, batch_size=64, workers=0):
+    """Embedded of a source's pictures, an embedding for each of their PARTS: z is (N, K, E)."""
+    def embed(modality, x):  # (B, K, 3, H, W) -> (B, K, E)
+        return model.embed(modality, x.flatten(0, 1)).unflatten(0, (len(x), -1))
+
+    samples = PictureParts(source, {"image": model.encoder("image").config})
+    return embed_samples(embed, samples, "image", batch_size, workers)
+
+
+def embed_texts(model, texts, batch_size=256):
+    """Embeddings (N, E) of texts given as strings."""
+    config = model.encoder("text").config
+    # Token ids (N, L)
+    ids = torch.stack([data.load("text", text, config) for text in texts])
+    return torch.cat([model.embed("text", part).cpu() for part in ids.split(batch_size)])
+
+
+def class_embeddings(model, names, templates):
+    """Prompt ensembling (CLIP, section 3.1.4): (C, E), the normalised mean over a class's prompts."""
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    # (C * T, E) -> (C, T, E)
+    z = embed_texts(model, prompts).unflatten(0, (len(names), len(templates)))
+    return F.normalize(z.mean(dim=1), dim=-1)
+
+
+def named_classes(model, source, modality, names=None, templates=None):
+    """Embeddings (P, E) of all names of all classes, and the class (P,) that each belongs to.
+
+    A class may have several names, separated by |. Its best name counts, as for "others" in NYU-D (paper,
+    appendix A).
+    """
+    # The caller's prompts come first, then the source's own, then those for the modality.
+    templates = templates or source.templates or TEMPLATES[modality]
+    all_names, owner = [], []
+    for c, alternatives in enumerate(names or source.classes):
+        for name in alternatives.split("|"):
+            all_names.append(name)
+            owner.append(c)
+    return class_embeddings(model, all_names, templates), torch.tensor(owner)
+
+
+# ---------------------------------------------------------------------------------------------
+# What training joined, and scores between modalities
+
+
+def trained_pairs(model):
+    """The encoders that were trained together, as sets: {"image", "audio"}, and {"image"} for image-video."""
+    return [set(map(encoder_of, pair.split("-"))) for pair in model.pairs]
+
+
+def trained_together(model, a, b):
+    """Whether any pair of this model trained these two modalities' encoders together."""
+    return {encoder_of(a), encoder_of(b)} in trained_pairs(model)
+
+
+def joined_by_training(model, *modalities):
+    """Whether training put these modalities' encoders into one space, directly or through other modalities.
+
+    Scores between encoders that nothing joins, or from one that was never trained, are noise.
+    """
+    first = {encoder_of(modalities[0])}
+    reached = set()
+    # As many passes as pairs: each reaches one encoder more at least, until all that can be reached are.
+    for pair in trained_pairs(model) * len(model.pairs):
+        if pair & (first | reached):
+            reached |= pair
+    return reached >= set(map(encoder_of, modalities))
+
+
+def shared_modalities(model, source):
+    """The modalities that both a model and data have."""
     shared = [m for m in MODALITIES if encoder_of(m) in model.encoders and m in source.columns]
-    return [m for m in shared if m != "video" or "image" not in shared]
+    # The image encoder reads pictures, where there are any, else videos.
+    if "image" in shared and "video" in shared:
+        shared.remove("video")
+    return shared
 
 
-def emergence(model, source, modalities, batch_size=64, workers=0, limit=None):
-    """R@1 between all pairs of modalities of one source, zero-shot top-1 (see pairwise), and the Bad items."""
-    embedded = {m: embed_items(model, source, m, batch_size, workers, limit) for m in modalities}
-    return *pairwise(model, source, embedded), [b for _, _, bad in embedded.values() for b in bad]
+def measure_pairs(model, source, modalities, batch_size=64, workers=0, limit=None):
+    """R@1 between all pairs of a source's modalities, zero-shot top-1 (see pairwise), and the Bad items."""
+    embedded, bad = {}, []
+    for m in modalities:
+        embedded[m] = embed_items(model, source, m, batch_size, workers, limit)
+        bad += embedded[m].bad
+    return *pairwise(model, source, embedded), bad
 
 
 def pairwise(model, source, embedded):
-    """R@1 between all pairs of modalities, {"audio->text": 0.97, ...}, and zero-shot top-1 of each by text,
-    {"audio": 0.97, ...}, from what embed_items made of each modality.
+    """R@1 between all pairs {"audio->text": 0.97, ...}, and zero-shot top-1 by text {"audio": 0.97, ...}.
 
-    An item matches those of its class, or itself where the source has no classes. What training never bound,
-    be it through others, is left out.
+    embedded: Embedded items by modality. An item matches those of its class, or itself where the source has
+    no classes. Pairs that training did not join, directly or through others, are left out.
     """
-    labels = {m: item_labels(source, indices) for m, (_, indices, _) in embedded.items()}
-    recall = {f"{a}->{b}": recall_at_k(embedded[a][0], embedded[b][0], labels[a], labels[b])
-              for a, b in itertools.permutations(embedded, 2) if bound(model, a, b)}
-    zeroshot = {}
+    recall, named = {}, {}
+    for a, b in itertools.permutations(embedded, 2):
+        if joined_by_training(model, a, b):
+            q, g = embedded[a], embedded[b]
+            recall[f"{a}->{b}"] = recall_at_k(q.z, g.z, q.labels, g.labels)
+    # Zero-shot is retrieval among the classes' prompts.
     if source.classes and "text" in model.encoders:
-        for m in (m for m in embedded if m != "text" and bound(model, m, "text")):
-            classes, owner = named_classes(model, source, m)
-            zeroshot[m] = recall_at_k(embedded[m][0], classes, labels[m], owner)
-    return recall, zeroshot
+        for m, q in embedded.items():
+            if m != "text" and joined_by_training(model, m, "text"):
+                classes, owner = named_classes(model, source, m)
+                named[m] = recall_at_k(q.z, classes, q.labels, owner)
+    return recall, named
 
 
 def modality_scale(model, modality):
-    """By how much the released model multiplies an embedding: 1 for image and video, else the logit
-    scale that the modality was trained with against them. 1 as well if it was not."""
-    if encoder_of(modality) == "image":
-        return 1.0
-    return model.logit_scale("image", modality) or model.logit_scale("video", modality) or 1.0
+    """The factor by which the released model multiplies an embedding: 1 for image and video.
+
+    For others it is the logit scale of their training against images or videos, 1 if there was none.
+    """
+    scale = model.logit_scale("image", modality) or model.logit_scale("video", modality) or 1.0
+    return 1.0 if encoder_of(modality) == "image" else scale
 
 
 def match_probabilities(model, a, b, za, zb):
     """Softmax over the items zb (M, E) of modality b for each of za (N, E) of a: (N, M), rows sum to 1.
 
-    The logit scale is the product of the two modalities' own, as in the original, whose README shows
-    these tables. What never met in training is so compared the most sharply: the released model's
-    audio (20) and text (100) at 2000.
+    The logit scale is the product of both modalities' own, as in the original, whose README shows these
+    tables. Pairs never trained together therefore get the sharpest softmax: 2000 for the released model's
+    audio (20) and text (100).
     """
     return (modality_scale(model, a) * modality_scale(model, b) * za @ zb.T).softmax(dim=-1)
 
 
-def trained_together(model, a, b):
-    """Whether any pair of this model trained these two modalities' encoders together."""
-    pairs = [{encoder_of(m) for m in pair.split("-")} for pair in model.pairs]
-    return {encoder_of(a), encoder_of(b)} in pairs
+# ---------------------------------------------------------------------------------------------
+# What commands ask of a model and its data
 
 
-def bound(model, *modalities):
-    """Whether training put these modalities' encoders into one space: its pairs join them, be it through others.
+def require_joined(model, source, *modalities):
+    """UsageError unless model and data (None: no data) have these modalities, and training joined them."""
+    for m in modalities:
+        if encoder_of(m) not in model.encoders:
+            raise UsageError(f"the checkpoint has no {m} encoder, only {', '.join(model.encoders)}")
+        if source is not None and m not in source.columns:
+            raise UsageError(f"the data have no {m}, only {', '.join(source.columns)}")
+    if not joined_by_training(model, *modalities):
+        names = " and ".join(dict.fromkeys(modalities))
+        what = f"nothing joins {names}" if " and " in names else f"{names} was never trained"
+        pairs = ", ".join(model.pairs) or "none"
+        raise UsageError(f"{what} in this checkpoint (its pairs: {pairs}): scores would be noise")
 
-    The scores between encoders that nothing joins, or of one that was never trained, are noise.
+
+def require_items(counts, names, least):
+    """UsageError that names the first class with fewer items than needed."""
+    short = (counts < least).nonzero().flatten().tolist()
+    if short:
+        hint = "; --partial passes over them" if least == 1 else ""
+        raise UsageError(f"class {names[short[0]]!r} has {counts[short[0]]} items that can be read, "
+                         f"{least} needed ({len(short)} of {len(names)} classes have too few){hint}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Zero-shot classification
+
+
+def zeroshot(args, model, source):
+    """Assigns each item to the class with the nearest name (CLIP, section 3.1)."""
+    require_joined(model, source, args.modality)
+    if "text" not in model.encoders or not source.classes:
+        raise UsageError("zero-shot needs a text encoder and data with classes (a label column)")
+    require_joined(model, None, args.modality, "text")
+    C = len(source.classes)
+    names = args.class_names or source.classes
+    if not all("{}" in template for template in args.templates or ()):
+        raise UsageError("--templates: each line holds {} where the class goes")
+    if len(names) != C:
+        raise UsageError(f"--class-names: {len(names)} names for {C} classes, which data.py NAME:ROOT lists")
+    # Prompts name the classes, and are embedded once. Then each item is scored against all of them.
+    classes, owner = named_classes(model, source, args.modality, names, args.templates)
+    items = embed_items(model, source, args.modality, args.batch_size, args.workers)
+    warn_of_unreadable(items.bad)
+    result = {"modality": args.modality, "items": len(items.z), **left_out(source, items.bad), "classes": C}
+    score = score_many_labels if source.multi_label else score_one_label
+    return result | score(source, items, classes, owner, least=0 if args.partial else 1)
+
+
+def score_one_label(source, items, classes, owner, least):
+    """Top-1, top-5 (among all names), mean per class and top-1 per fold of the items that have a class."""
+    C = len(source.classes)
+    # Items without a class are counted, not scored.
+    labelled = with_class(items)
+    counts = torch.bincount(labelled.labels, minlength=C)
+    require_items(counts, source.classes, least)
+    rank = ranks(labelled.z, classes, labelled.labels, owner)
+    right = (rank == 1).double()
+    per_class = torch.bincount(labelled.labels, right, C) / counts
+    result = {"items": len(right), "unlabelled": len(items.z) - len(right)}
+    result |= {"classes_with_items": int((counts > 0).sum()), "chance": 1 / C}
+    result["top1"] = right.mean().item()
+    result["top5"] = (rank <= 5).double().mean().item()
+    result["mean_per_class"] = per_class[counts > 0].mean().item()
+    # Where data come in folds, their papers report the mean over folds.
+    fold, names = folds(source, labelled.indices)
+    if names:
+        result["folds"] = {name: right[fold == n].mean().item() for n, name in enumerate(names)}
+        result["mean_of_folds"] = sum(result["folds"].values()) / len(names)
+    return result
+
+
+def score_many_labels(source, items, classes, owner, least):
+    """Mean average precision over the classes, for items that may have several."""
+    C = len(source.classes)
+    if len(owner) != C:
+        raise UsageError("several names for a class, by |, are for data with one label per item")
+    # Which item has which class: (N, C)
+    truth = torch.zeros(len(items.z), C, dtype=torch.bool)
+    for row, index in enumerate(items.indices.tolist()):
+        truth[row, source.labels(index)] = True
+    counts = truth.sum(0)
+    require_items(counts, source.classes, least)
+    # Classes without items count in neither mean. A random order has the precision of its share of items.
+    precision = mean_average_precision(items.z, truth, classes).nanmean().item()
+    chance = truth.double().mean(0)[counts > 0].mean().item()
+    return {"classes_with_items": int((counts > 0).sum()), "mAP": precision, "chance": chance}
+
+
+def folds(source, indices):
+    """The number (N,) of each item's fold, and the folds' names; -1 and no names where data have no folds."""
+    if "fold" not in source.header:
+        return torch.full_like(indices, -1), []
+    given = [source.row(i)["fold"] for i in indices.tolist()]
+    names = sorted(set(given))
+    return torch.tensor(list(map(names.index, given))), names
+
+
+def read_lines(path):
+    """The lines of a file that are not empty; one empty line if none is."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}") from None
+    return [line.strip() for line in lines if line.strip()] or [""]
+
+
+# ---------------------------------------------------------------------------------------------
+# Retrieval
+
+
+def retrieval(args, model, source):
+    """Searches the gallery's items for those of the query's modality, and the other way round."""
+    require_joined(model, source, args.query, args.gallery)
+    q = embed_items(model, source, args.query, args.batch_size, args.workers)
+    g = embed_items(model, source, args.gallery, args.batch_size, args.workers)
+    warn_of_unreadable(q.bad + g.bad)
+    result = {"query": args.query, "gallery": args.gallery, **left_out(source, q.bad + g.bad)}
+    result[f"{args.query}->{args.gallery}"] = search(q.z, q.labels, g.z, g.labels)
+    result[f"{args.gallery}->{args.query}"] = search(g.z, g.labels, q.z, q.labels)
+    return result
+
+
+def matrix(args, model, source):
+    """R@1 between all pairs of modalities, and zero-shot top-1."""
+    modalities = shared_modalities(model, source)
+    recall, zero, bad = measure_pairs(model, source, modalities, args.batch_size, args.workers)
+    warn_of_unreadable(bad)
+    return {"retrieval_r1": recall, "zeroshot_top1": zero, "pairs": model.pairs, **left_out(source, bad)}
+
+
+def matrix_table(model, modalities, recall):
+    """R@1 between all pairs of modalities as text, a row for each that asks."""
+    lines = ["R@1 in %, row asks column; * trained together, everything else is emergent"]
+    lines.append(" " * 9 + "".join(f"{m:>9}" for m in modalities))
+    for a in modalities:
+        line = f"{a:9}"
+        for b in modalities:
+            # A figure ends with a mark or a space, so that the digits of a column line up.
+            cell = "-" if a == b else "unbound "
+            if f"{a}->{b}" in recall:
+                mark = "*" if trained_together(model, a, b) else " "
+                cell = f"{recall[f'{a}->{b}']:.1%}".replace("%", mark)
+            line += f"{cell:>9}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# Few-shot classification
+
+
+def fewshot(args, model, source):
+    """Linear probes on k items per class, --draws times, tested on the others, or each time on one fold."""
+    C = len(source.classes)
+    # The toy world is made large enough that eight items per class are left to test on.
+    if args.data == "toy":
+        source = open_data("toy", "test", size=(max(args.shots) + 8) * C)
+    require_joined(model, source, args.modality)
+    if source.multi_label or not source.classes:
+        raise UsageError("few-shot needs data with one class per item (a label column)")
+    items = embed_items(model, source, args.modality, args.batch_size, args.workers)
+    warn_of_unreadable(items.bad)
+    z, indices, labels, bad = with_class(items)
+    fold, names = folds(source, indices)
+    result = {"modality": args.modality, "items": len(z), **left_out(source, bad)}
+    result |= {"unlabelled": len(items.z) - len(z), "classes": C, "chance": 1 / C, "draws": args.draws}
+    result["shots"] = {}
+    for k in args.shots:
+        accuracy = torch.empty(args.draws, dtype=torch.double)
+        for draw in range(args.draws):
+            # Nothing is held out where there are no folds: every item's is -1.
+            held_out = fold == draw % max(1, len(names))
+            shots, test = draw_shots(labels, source.classes, k, held_out, seed=1000 * k + draw)
+            weight, bias = linear_probe(z[shots], labels[shots], C, args.l2)
+            predicted = F.linear(z[test], weight, bias).argmax(dim=1)
+            accuracy[draw] = (predicted == labels[test]).double().mean()
+        result["shots"][k] = {"mean": accuracy.mean().item(), "deviation": accuracy.std(correction=0).item(),
+                              "test_items": int(test.sum())}
+    return result
+
+
+def draw_shots(labels, classes, k, held_out, seed):
+    """Indices of k items per class to learn from, and a mask (N,) of the test: held_out, else all others."""
+    counts = torch.bincount(labels[~held_out], minlength=len(classes))
+    # Where nothing is held out, one more per class is needed for the test.
+    require_items(counts, classes, k if held_out.any() else k + 1)
+    # The same draw for every model: its seed is the number of shots and of the draw.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[~held_out[order]]
+    shots = torch.cat([order[labels[order] == c][:k] for c in range(len(classes))])  # (C * k,)
+    if held_out.any():
+        return shots, held_out
+    return shots, torch.ones_like(held_out).index_fill(0, shots, False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def arithmetic(args, model, source):
+    """Adds embeddings up and searches the gallery for the sum (paper, section 5)."""
+    if not args.add and args.data == "toy":
+        return toy_arithmetic(args, model)
+    if not args.add:
+        raise UsageError("name what to --add, such as image=fruit.jpg audio=birds.wav")
+    require_joined(model, source, args.gallery)
+    # Each part is a file or a text, MODALITY=ITEM.
+    parts = []
+    for part in args.add:
+        modality, _, item = part.partition("=")
+        if modality not in MODALITIES:
+            raise UsageError(f"--add takes one of {', '.join(MODALITIES)} before =, not {modality!r}")
+        require_joined(model, None, modality, args.gallery)
+        parts.append(embed_item(model, modality, item).cpu())
+    gallery = embed_gallery(args, model, source)
+    warn_of_unreadable(gallery.bad)
+    result = {"add": args.add, "gallery": args.gallery, "items": len(gallery.z)}
+    result |= {**left_out(source, gallery.bad), "found": []}
+    cosines, nearest = nearest_to_sum(parts, gallery.z, args.top)  # (1, k) each
+    for index, cosine in zip(gallery.indices[nearest[0]].tolist(), cosines[0].tolist()):
+        result["found"].append({"item": source.caption(index, args.gallery), "similarity": cosine})
+    return result
+
+
+def embed_item(model, modality, item):
+    """Embedding (1, E) of a text or a file."""
+    x = data.load(modality, item, model.encoder(modality).config)
+    return model.embed(modality, x[None])
+
+
+def embed_gallery(args, model, source):
+    """Embedded items of the modality that --gallery names; with --by-parts, the parts of its pictures."""
+    if not args.by_parts:
+        return embed_items(model, source, args.gallery, args.batch_size, args.workers)
+    if args.gallery != "image":
+        raise UsageError(f"--by-parts cuts pictures up: it needs --gallery image, not {args.gallery}")
+    return embed_picture_parts(model, source, args.batch_size, args.workers)
+
+
+def toy_arithmetic(args, model):
+    """One concept in the first modality + another in the second must find, first, a scene that shows both.
+
+    The queries show the concepts of each scene alone, in samples that are not in the gallery. "examples" are
+    the first --top queries: the two samples' indices, what was found, and whether it shows both.
     """
-    reached = {encoder_of(modalities[0])}
-    pairs = [{encoder_of(m) for m in pair.split("-")} for pair in model.pairs]
-    for _ in pairs:
-        reached = reached.union(*(pair for pair in pairs if pair & reached))
-    return any(pair & reached for pair in pairs) and {encoder_of(m) for m in modalities} <= reached
+    scenes, single, queries = toy_arithmetic_worlds(args.scenes)
+    C = len(queries.classes)
+    require_joined(model, scenes, args.gallery, *args.parts)
+    # The two concepts of each scene (S, 2), left and right. The first modality asks for the left one, in
+    # every other scene for the right one.
+    shown = torch.tensor(list(map(scenes.concepts, scenes.indices())))
+    shown[1::2] = shown[1::2].flip(1)
+    # One number for two concepts in either order: of 64 concepts, 3 and 7 have 3 * 64 + 7, and so have
+    # 7 and 3. What shows 5 alone has the number of 5 and 5, which is no scene's.
+    both = shown.amin(1) * C + shown.amax(1)
+    # Sample i of the queries shows concept i % C alone. The first C scenes are asked for by the first C
+    # samples, and so on: scene 130, which shows 3 and 7, by samples 128 + 3 and 128 + 7.
+    asked = shown + C * (torch.arange(len(scenes)) // C)[:, None]
+    # What is searched: all scenes, then all single things.
+    in_scenes = embed_gallery(args, model, scenes)
+    alone = embed_gallery(args, model, single)
+    gallery = torch.cat([in_scenes.z, alone.z])
+    labels = torch.cat([both, alone.labels * C + alone.labels])
+    # Each modality embeds all queries once; a scene then takes the samples that ask for it: (S, E).
+    first = embed_items(model, queries, args.parts[0], args.batch_size, args.workers).z[asked[:, 0]]
+    second = embed_items(model, queries, args.parts[1], args.batch_size, args.workers).z[asked[:, 1]]
+    result = {"parts": args.parts, "gallery": args.gallery, "by_parts": args.by_parts}
+    result |= {"queries": len(scenes), "items": len(gallery), "bad": 0, "examples": []}
+    questions = {"first alone": [first], "second alone": [second], "sum": [first, second]}
+    for name, added in questions.items():
+        _, nearest = nearest_to_sum(added, gallery, args.top)  # (S, top)
+        right = labels[nearest] == both[:, None]
+        result[name] = right[:, 0].double().mean().item()
+    # What the sum found, which was asked last
+    for add, found, shows in zip(asked.tolist(), nearest[: args.top].tolist(), right.tolist()):
+        result["examples"].append({"add": add, "found": found, "right": shows})
+    return result
+
+
+def toy_arithmetic_worlds(size):
+    """Scenes with two concepts, as many with one (the gallery), and what to ask with: one concept each."""
+    scenes = ToyWorld("test", size, seed=1, crowded=1.0)
+    single = ToyWorld("test", size, seed=2)
+    # As many, rounded up so that every concept is shown as often
+    C = len(ToyWorld.classes)
+    queries = ToyWorld("test", size + -size % C, seed=3)
+    return scenes, single, queries
+
+
+# ---------------------------------------------------------------------------------------------
+# Comparing files
+
+
+def compare(args, model, source):
+    """Softmax tables between files or texts of any two modalities, as in the original's README."""
+    # Text comes last, where it names the columns.
+    order = sorted(MODALITIES, key=lambda m: m == "text")
+    given = {m: getattr(args, m) for m in order if getattr(args, m)}
+    if len(given) < 2:
+        raise UsageError("compare needs items of two modalities, as --image dog.jpg --text 'a dog' 'a car'")
+    require_joined(model, None, *given)
+    # A table for every two modalities: one gives the rows, a later one the columns.
+    z, tables = {}, {}
+    for m in given:
+        z[m] = torch.cat([embed_item(model, m, item) for item in given[m]])
+    for a, b in itertools.combinations(given, 2):
+        tables[f"{a} x {b}"] = match_probabilities(model, a, b, z[a], z[b]).tolist()
+    return {"items": given, "softmax": tables}
 
 
 # ---------------------------------------------------------------------------------------------
 # Command line
 
-
-def load_model(name, heads=None):
-    """What load_pretrained makes of a run's folder, a file or a name; by default of the newest run."""
-    if name is None:
-        found = sorted(Path("runs").glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
-        found = [p for p in found if p.parent.name != "toy-anchor"] or found
-        if not found:
-            raise UsageError("no run below runs/; train one, or name a --checkpoint")
-        name = found[-1]
-        print(f"checkpoint: {name}")
-    try:
-        return load_pretrained(name, heads)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+# Each computes a result: figures, and what they are about.
+COMMANDS = {"zeroshot": zeroshot, "retrieval": retrieval, "fewshot": fewshot, "arithmetic": arithmetic,
+            "matrix": matrix, "compare": compare}
 
 
-def parse_heads(text):
-    """ "image=16,text=12" -> {"image": 16, "text": 12}."""
-    try:
-        return {modality: int(count) for modality, count in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: heads are given as image=16,text=12") from None
-
-
-def require(model, source, *modalities):
-    for modality in modalities:
-        if encoder_of(modality) not in model.encoders:
-            raise UsageError(f"the checkpoint has no {modality} encoder, only {', '.join(model.encoders)}")
-        if source is not None and modality not in source.columns:
-            raise UsageError(f"the data have no {modality}, only {', '.join(source.columns)}")
-    if not bound(model, *modalities):
-        names = list(dict.fromkeys(modalities))
-        what = f"nothing joins {' and '.join(names)}" if len(names) > 1 else f"{names[0]} was never trained"
-        raise UsageError(f"{what} in this checkpoint (its pairs: {', '.join(model.pairs) or 'none'}): scores would be noise")
-
-
-def read_lines(path):
-    """The lines of --templates or --class-names that are not empty."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: {error}") from None
-    return [line for line in lines if line] or [""]
-
-
-def prompts_of(args, model, source):
-    """named_classes with what --templates and --class-names say."""
-    templates = read_lines(args.templates) if args.templates else None
-    names = read_lines(args.class_names) if args.class_names else source.classes
-    wrong = next((line for line in templates or () if line.count("{}") != 1 or line.count("{") + line.count("}") != 2), None)
-    if wrong is not None:
-        raise UsageError(f"--templates {args.templates}: each line holds {{}} once, where the class goes, unlike {wrong!r}")
-    if len(names) != len(source.classes):
-        raise UsageError(f"--class-names {args.class_names}: {len(names)} names for {len(source.classes)} classes; one a line, "
-                         "in the order that data.py NAME:ROOT prints")
-    return named_classes(model, source, args.modality, names, templates)
-
-
-def require_items(counts, names, least, partial=False):
-    """UsageError naming the first class with fewer items than needed; their number if some may be missing."""
-    short = [(int(n), name) for n, name in zip(counts, names) if n < least]
-    if short and not partial:
-        raise UsageError(f"class {short[0][1]!r} has {short[0][0]} items that can be read, {least} needed ({len(short)} of "
-                         f"{len(names)} classes have too few)" + ("; --partial passes over them" if least == 1 else ""))
-    return len(names) - len(short)
-
-
-def unreadable(*bad):
-    """What a result says of the items that could not be read; names the first on standard error."""
-    names = list(dict.fromkeys(b for part in bad for b in part))
-    for item in names[:3]:
-        print(f"unreadable: {item.reason}", file=sys.stderr)
-    return {"bad": len(names), "bad_items": [item.name for item in names[:100]]}
-
-
-def left_out(result):
-    """How many items a result's figures are without, and why, in words."""
-    counts = {"unreadable": result["bad"], "absent": result["absent"]}
-    rarer = {"unlabelled": result.get("unlabelled"), "without a match": result.get("without_match")}
-    return ", ".join(f"{n} {why}" for why, n in (counts | {why: n for why, n in rarer.items() if n}).items())
-
-
-def labelled(source, z, indices):
-    """Embeddings (N, E), indices and classes (N,) of the items that have a class, and how many have none."""
-    labels = item_labels(source, indices)
-    known = labels >= 0
-    return z[known], indices[known], labels[known], int((~known).sum())
-
-
-def zeroshot(args, model, source):
-    require(model, source, args.modality)
-    if "text" not in model.encoders or not source.classes:
-        raise UsageError("zero-shot classification needs a text encoder and data with classes (a label column)")
-    require(model, None, args.modality, "text")
-    classes, owner = prompts_of(args, model, source)
-    z, indices, bad = embed_items(model, source, args.modality, args.batch_size, args.workers)
-    C = len(source.classes)
-    result = {"modality": args.modality, "items": len(z), "absent": source.absent, **unreadable(bad), "classes": C}
-    if source.multi_label:
-        if len(classes) != C:
-            raise UsageError("several names for a class, by |, are for data with one label per item")
-        truth = torch.zeros(len(z), C, dtype=torch.bool)
-        for row, i in enumerate(indices.tolist()):
-            truth[row, source.labels(i)] = True
-        result["classes_with_items"] = require_items(truth.sum(0), source.classes, 1, args.partial)
-        result["mAP"] = mean_average_precision(z, truth, classes).nanmean().item()
-        result["chance"] = truth.double().mean(0)[truth.any(0)].mean().item()  # of a random order
-    else:
-        result |= classify(source, z, indices, classes, owner, args.partial)
-    figures = {key: value for key, value in result.items() if isinstance(value, float)}
-    print(f"{args.modality}: {result['items']} items ({left_out(result)}), {C} classes: "
-          + ", ".join(f"{key} {value:.1%}" for key, value in figures.items()))
-    return result
-
-
-def classify(source, z, indices, classes, owner, partial):
-    """Top-1, top-5 (among the classes' names), mean per class, and top-1 per fold; of the items that have a class."""
-    C, (z, indices, labels, unlabelled) = len(source.classes), labelled(source, z, indices)
-    counts = torch.bincount(labels, minlength=C)
-    present = require_items(counts, source.classes, 1, partial)
-    rank = ranks(z, classes, labels, owner)
-    right = (rank == 1).double()
-    result = {"items": len(z), "unlabelled": unlabelled, "classes_with_items": present, "chance": 1 / C,
-              "top1": right.mean().item(), "top5": (rank <= 5).double().mean().item(),
-              "mean_per_class": (torch.bincount(labels, right, C) / counts)[counts > 0].mean().item()}
-    if "fold" in source.header:
-        folds = [source.row(int(i))["fold"] for i in indices]
-        result["folds"] = {fold: right[[f == fold for f in folds]].mean().item() for fold in sorted(set(folds))}
-        result["mean_of_folds"] = sum(result["folds"].values()) / len(result["folds"])
-    return result
-
-
-def retrieval(args, model, source):
-    require(model, source, args.query, args.gallery)
-    q, qi, q_bad = embed_items(model, source, args.query, args.batch_size, args.workers)
-    g, gi, g_bad = embed_items(model, source, args.gallery, args.batch_size, args.workers)
-    result = {"query": args.query, "gallery": args.gallery, "absent": source.absent, **unreadable(q_bad, g_bad)}
-    sides = {args.query: (q, item_labels(source, qi)), args.gallery: (g, item_labels(source, gi))}
-    for a, b in ((args.query, args.gallery), (args.gallery, args.query)):
-        result[f"{a}->{b}"] = figures = search(*sides[a], *sides[b])
-        print(f"{a}->{b}: {figures['queries']} queries, {figures['items']} items ({left_out(result | figures)}): "
-              + ", ".join(f"R@{k} {figures[f'R@{k}']:.1%}" for k in (1, 5, 10))
-              + f", median rank {figures['median_rank']:g}")
-    return result
-
-
-def search(q, query_labels, g, gallery_labels):
-    """Recall and median rank over the queries whose match could be read."""
-    there = torch.isin(query_labels, gallery_labels)
-    if not there.any():
-        raise UsageError("no query has a match that could be read")
-    rank = ranks(q[there], g, query_labels[there], gallery_labels)
-    recall = {f"R@{k}": (rank <= k).double().mean().item() for k in (1, 5, 10)}
-    return {"queries": len(rank), "without_match": int((~there).sum()), "items": len(g), **recall,
-            "median_rank": rank.double().quantile(0.5).item()}
-
-
-def fewshot(args, model, source):
-    """Linear probes on k items per class, drawn --draws times, tested on the others; with folds, on one fold a draw."""
-    if args.data == "toy":
-        source = data.ToyWorld("test", size=(max(args.shots) + 8) * len(source.classes))
-    require(model, source, args.modality)
-    if source.multi_label or not source.classes:
-        raise UsageError("few-shot classification needs data with one class per item (a label column)")
-    z, indices, bad = embed_items(model, source, args.modality, args.batch_size, args.workers)
-    C, (z, indices, labels, unlabelled) = len(source.classes), labelled(source, z, indices)
-    names = [source.row(int(i))["fold"] for i in indices] if "fold" in source.header else []
-    number = {name: n for n, name in enumerate(sorted(set(names)))}
-    fold = torch.tensor([number[name] for name in names]) if names else None
-    result = {"modality": args.modality, "items": len(z), "absent": source.absent, **unreadable(bad), "unlabelled": unlabelled,
-              "classes": C, "chance": 1 / C, "draws": args.draws, "shots": {}}
-    for k in args.shots:
-        accuracy = []
-        for draw in range(args.draws):
-            held_out = torch.zeros_like(labels, dtype=torch.bool)
-            if fold is not None:
-                held_out = fold == fold.unique()[draw % len(fold.unique())]
-            require_items(torch.bincount(labels[~held_out], minlength=C), source.classes, k + (fold is None))
-            order = torch.randperm(len(z), generator=torch.Generator().manual_seed(1000 * k + draw))
-            order = order[~held_out[order]]
-            shots = torch.cat([order[labels[order] == c][:k] for c in range(C)])
-            test = torch.ones_like(held_out).index_fill(0, shots, False) if fold is None else held_out
-            probe = linear_probe(z[shots], labels[shots], C, args.l2)
-            accuracy.append((F.linear(z[test], *probe).argmax(1) == labels[test]).double().mean())
-        accuracy = torch.stack(accuracy)
-        result["shots"][k] = {"mean": accuracy.mean().item(), "deviation": accuracy.std(correction=0).item(),
-                              "test_items": int(test.sum())}
-        print(f"{args.modality}, {k} per class: {accuracy.mean():.1%} +- {accuracy.std(correction=0):.1%} on {test.sum()} of "
-              f"{len(z)} items ({left_out(result)}), {C} classes, {args.draws} draws")
-    return result
-
-
-def arithmetic(args, model, source):
-    """Embeddings are added, normalised, and the gallery is searched for the sum (paper, section 5)."""
-    if not args.add and args.data != "toy":
-        raise UsageError("name what to --add, such as image=fruit.jpg audio=birds.wav")
-    if not args.add:
-        return toy_arithmetic(args, model)
-    parts = [part.partition("=")[::2] for part in args.add]
-    require(model, source, args.gallery)
-    for modality, _ in parts:
-        if modality not in MODALITIES:
-            raise UsageError(f"--add takes MODALITY=ITEM with one of {', '.join(MODALITIES)}, not {modality!r}")
-    require(model, None, *(modality for modality, _ in parts), args.gallery)
-    z = [model.embed(m, data.load(m, item, model.encoder(m).config)[None]).cpu() for m, item in parts]
-    g, indices, bad = embed_items(model, source, args.gallery, args.batch_size, args.workers, parts=picture_parts(args))
-    scores, nearest = nearest_to_sum(z, g, args.top)
-    rows = [int(indices[n]) for n in nearest[0]]
-    found = [{"item": source.about(i, args.gallery), "similarity": score} for i, score in zip(rows, scores[0].tolist())]
-    lines = [f"  {item['similarity']:.3f}  {item['item']}" for item in found]
-    result = {"add": args.add, "gallery": args.gallery, "items": len(g), "absent": source.absent, **unreadable(bad)}
-    print(f"{' + '.join(args.add)}, nearest of {len(g)} items ({left_out(result)}):", *lines, sep="\n")
-    return result | {"found": found}
-
-
-def picture_parts(args):
-    """PARTS where --by-parts is given."""
-    if args.by_parts and args.gallery != "image":
-        raise UsageError(f"--by-parts cuts pictures up: it goes with --gallery image, not {args.gallery}")
-    return PARTS if args.by_parts else ()
-
-
-def toy_arithmetic(args, model):
-    """One concept by the first modality + another by the second must find, first, a scene that shows both.
-
-    The queries show the concepts of each scene alone, in other samples than those of the gallery. "examples" are
-    the first --top of them: the two samples' indices, what was found, and whether it shows both.
-    """
-    C, size = len(data.ToyWorld.classes), args.scenes
-    scenes, single, queries = toy_arithmetic_worlds(size)
-    require(model, scenes, args.gallery, *args.parts)
-
-    def embed(world, modality, parts=()):
-        return embed_items(model, world, modality, args.batch_size, args.workers, parts=parts)[0]
-
-    shown = torch.tensor([scenes.concepts(i)[:: 1 - 2 * (i % 2)] for i in range(size)])  # (size, 2); odd: right one first
-    pair = shown.amin(1) * C + shown.amax(1)  # the same number for the same two concepts
-    gallery = torch.cat([embed(world, args.gallery, picture_parts(args)) for world in (scenes, single)])
-    labels = torch.cat([pair, torch.tensor([(C + 1) * single.label(i) for i in range(size)])])
-    asked = shown + C * (torch.arange(size) // C)[:, None]  # a sample that shows the concept alone
-    first, second = (embed(queries, m)[asked[:, side]] for side, m in enumerate(args.parts))
-    result = {"parts": args.parts, "gallery": args.gallery, "by_parts": args.by_parts, "queries": size,
-              "items": len(gallery), "bad": 0}
-    found = {"sum": [first, second], "first alone": [first], "second alone": [second]}
-    for name, added in found.items():
-        found[name] = nearest_to_sum(added, gallery, args.top)[1]
-        result[name] = (labels[found[name][:, 0]] == pair).double().mean().item()
-        print(f"{name:14} {result[name]:6.1%} of {size} queries find, first of {len(gallery)}, a scene that shows both")
-    found = found["sum"][: args.top]  # (top, top)
-    right = labels[found] == pair[: len(found), None]
-    result["examples"] = [{"add": a, "found": f, "right": r} for a, f, r in zip(*(x.tolist() for x in (asked, found, right)))]
-    return result
-
-
-def toy_arithmetic_worlds(size):
-    """Scenes of two concepts and as many of one, which are searched in this order; and what shows each concept alone."""
-    scenes, single = data.ToyWorld("test", size, seed=1, crowded=1.0), data.ToyWorld("test", size, seed=2)
-    return scenes, single, data.ToyWorld("test", -(-size // len(data.ToyWorld.classes)) * len(data.ToyWorld.classes), seed=3)
-
-
-def matrix(args, model, source):
-    modalities = comparable(model, source)
-    recall, zero, bad = emergence(model, source, modalities, args.batch_size, args.workers)
-    print_matrix(model, modalities, recall)
-    result = {"retrieval_r1": recall, "zeroshot_top1": zero, "pairs": model.pairs, "absent": source.absent, **unreadable(bad)}
-    print(f"left out: {left_out(result)}")
-    return result
-
-
-def print_matrix(model, modalities, recall):
-    print("R@1 in %, row asks column; * trained together, everything else is emergent")
-    print(" " * 9 + "".join(f"{m:>9}" for m in modalities))
-    for a in modalities:
-        cells = [f"{recall[f'{a}->{b}']:.1%}"[:-1] + " *"[trained_together(model, a, b)] if f"{a}->{b}" in recall
-                 else "-" if a == b else "unbound " for b in modalities]
-        print(f"{a:9}" + "".join(f"{cell:>9}" for cell in cells))
-
-
-def compare(args, model, source):
-    order = sorted(MODALITIES, key=lambda m: m == "text")  # text names the columns
-    given = {m: getattr(args, m) for m in order if getattr(args, m)}
-    if len(given) < 2:
-        raise UsageError("compare needs items of at least two modalities, as --image dog.jpg --text 'a dog' 'a car'")
-    embeddings = {}
-    require(model, None, *given)
-    for modality, items in given.items():
-        config = model.encoder(modality).config
-        embeddings[modality] = torch.cat([model.embed(modality, data.load(modality, item, config)[None]) for item in items])
-    result = {}
-    for a, b in itertools.combinations(given, 2):
-        table = match_probabilities(model, a, b, embeddings[a], embeddings[b])
-        result[f"{a} x {b}"] = table.tolist()
-        rows, columns = ([item if m == "text" else Path(item).name for item in given[m]] for m in (a, b))
-        print_probabilities(f"{a} x {b}", rows, columns, table)
-    return {"items": given, "softmax": result}
-
-
-def print_probabilities(title, rows, columns, table):
-    print(f"\n{title}, each row's softmax")
-    print(" " * 20 + "".join(f"{name[:12]:>14}" for name in columns))
-    for name, row in zip(rows, table.tolist()):
-        print(f"{name[:19]:20}" + "".join(f"{p:14.4e}" for p in row))
-
-
-# ---------------------------------------------------------------------------------------------
-# The paper's tables
-
-PAPER = [  # column, data set, command, modality or query and gallery, figure, published by the paper, chance; in %
-    ("IN1K", "imagenet", zeroshot, "image", "top1", 77.7, 0.1),
-    ("P365", "places365", zeroshot, "image", "top1", 45.4, 0.27),
-    ("K400", "kinetics400", zeroshot, "video", "top1", 50.0, 0.25),
-    ("MSR-VTT R@1", "msrvtt", retrieval, "text->video", "R@1", 36.1, 0.1),
-    ("NYU-D", "nyud", zeroshot, "depth", "top1", 54.0, 10.0),
-    ("SUN-D", "sunrgbd", zeroshot, "depth", "top1", 35.1, 5.26),
-    ("AS-A mAP", "audioset", zeroshot, "audio", "mAP", 17.6, 0.62),
-    ("VGGS", "vggsound", zeroshot, "audio", "top1", 27.8, 0.32),
-    ("ESC", "esc50", zeroshot, "audio", "mean_of_folds", 66.9, 2.75),  # as the paper prints it; of 50 classes it is 2.0
-    ("LLVIP", "llvip", zeroshot, "thermal", "top1", 63.4, 50.0),
-    ("Ego4D", "ego4d", zeroshot, "imu", "top1", 25.0, 0.9),
-    ("Clotho R@1", "clotho", retrieval, "text->audio", "R@1", 6.0, None),
-    ("Clotho R@10", "clotho", retrieval, "text->audio", "R@10", 28.4, None),
-    ("AudioCaps R@1", "audiocaps", retrieval, "text->audio", "R@1", 9.3, None),
-    ("AudioCaps R@10", "audiocaps", retrieval, "text->audio", "R@10", 42.3, None),
-]
-
-
-def find_dataset(root, name):
-    """The folder at most two levels below the root that holds the data set, or None."""
-    _, marker, word = data.DATASETS[name]
-    for folder in (root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))):
-        found = folder / marker
-        if found.is_file() and word in found.open(encoding="utf-8", errors="replace").readline() or found.is_dir() and not word:
-            return folder
-    return None
-
-
-def fingerprint(model):
-    """Of the weights, by which a kept result is known to be this checkpoint's."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def suite(args, model, source=None):
-    """Every data set below --root, one after the other; what is finished is kept in --out and not measured again."""
-    root, out = Path(args.root), Path(args.out or (Path(args.json).with_suffix("") if args.json else "suite"))
-    if not root.is_dir():
-        raise UsageError(f"--root {root}: no such folder")
-    out.mkdir(parents=True, exist_ok=True)
-    mark, results, rows = fingerprint(model), {}, []
-    for name, command, what in dict.fromkeys((row[1], row[2], row[3]) for row in PAPER):
-        folder = find_dataset(root, name)
-        results[name] = {"note": "absent"}
-        if folder:
-            results[name] = measure(args, model, name, folder, command, what, out / f"{name}.json", mark)
-    for column, name, command, what, figure, published, chance in PAPER:
-        result = results[name]
-        figures = result.get(what, result)  # of one direction of a retrieval
-        if chance is None and "items" in figures:
-            chance = 100 * int(figure[2:]) / figures["items"]  # of R@k
-        rows.append({"column": column, "measured": 100 * figures[figure] if figure in figures else None, "published": published,
-                     "chance": chance, "items": figures.get("queries", figures.get("items")), "bad": result.get("bad"),
-                     "absent": result.get("absent"), "note": result.get("note", "")})
-    table = "\n".join(table_lines(rows)) + "\n"
-    print(table, end="")
-    if args.markdown:
-        Path(args.markdown).write_text(table, encoding="utf-8")
-    return {"checkpoint": mark, "table": rows, "results": results}
-
-
-def measure(args, model, name, folder, command, what, kept, mark):
-    """The result of one data set, from the file that keeps it where that is of the same weights and folder."""
-    key = {"checkpoint": mark, "root": str(folder.resolve())}
-    if kept.exists() and (saved := json.loads(kept.read_text()))["key"] == key:
-        print(f"{name}: kept in {kept}")
-        return saved["result"]
-    print(f"{name}: {folder}")
-    query, _, gallery = what.partition("->")
-    options = vars(args) | dict(modality=query, query=query, gallery=gallery, templates=None, class_names=None, partial=True)
-    try:
-        result = command(argparse.Namespace(**options), model, data.open_dataset(name, folder, "test"))
-    except (data.DataError, UsageError) as error:
-        return {"note": str(error)}
-    partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, "result": result}, indent=1) + "\n")
-    partial.replace(kept)
-    return result
-
-
-def table_lines(rows):
-    """Markdown: the paper's figures beside what was measured, in %."""
-    keys = ("column", "measured", "published", "difference", "chance", "items", "bad", "absent", "note")
-    yield "| data set | measured | published | difference | chance | items | unreadable | absent | |"
-    yield "| --- " * len(keys) + "|"
-    for row in rows:
-        row = row | {"difference": None if row["measured"] is None else row["measured"] - row["published"]}
-        formats = {"measured": "{:.1f}", "published": "{:.1f}", "difference": "{:+.1f}", "chance": "{:.2f}"}
-        yield "| " + " | ".join("-" if row[key] is None else formats.get(key, "{}").format(row[key]) for key in keys) + " |"
-
-
-def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args():
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (zeroshot, retrieval, fewshot, arithmetic, matrix, compare, suite):
-        sub = commands.add_parser(function.__name__)
-        sub.add_argument("--checkpoint", help="a run's folder or model.pt (default: the newest run), "
-                         "a CLIP or ImageBind file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
-        sub.add_argument("--heads", type=parse_heads, help="attention heads where the file does not say: image=16,text=12")
-        if function not in (compare, suite):
-            sub.add_argument("--data", default="toy", help="toy, a manifest (CSV), tar shards, or NAME:ROOT of "
-                             + ", ".join(data.DATASETS))
-            sub.add_argument("--allow-outside", action="store_true", help="read files outside a manifest's folder, too")
-        if function is not compare:
-            sub.add_argument("--batch-size", type=int, default=64)
-            sub.add_argument("--workers", type=int, default=2)
-        sub.add_argument("--json", help="also write the figures to this file")
-        sub.set_defaults(function=function)
-    add = {name: sub.add_argument for name, sub in commands.choices.items()}
-    for name in ("zeroshot", "fewshot"):
-        add[name]("--modality", choices=MODALITIES, required=True)
-    add["zeroshot"]("--templates", help="prompts, one a line, {} for the class")
-    add["zeroshot"]("--class-names", help="names of the classes, one a line; alternatives by |")
+    add = {name: commands.add_parser(name).add_argument for name in COMMANDS}
+    # What all commands take; compare alone reads no data but the items it is given.
+    for name in COMMANDS:
+        add[name]("--checkpoint", help="a run's folder or model.pt (default: the newest run), a CLIP or "
+                  "ImageBind file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
+        add[name]("--heads", type=cli.parse_heads, help="attention heads where no file says: image=16,text=12")
+        add[name]("--json", help="also write the figures to this file")
+        if name != "compare":
+            add[name]("--data", default="toy", help=f"toy, CSV, shards, NAME:ROOT of {', '.join(DATASETS)}")
+            add[name]("--allow-outside", action="store_true", help="read files outside a CSV's folder, too")
+            add[name]("--batch-size", type=cli.positive, default=64)
+            add[name]("--workers", type=cli.count, default=2)
+    add["zeroshot"]("--modality", choices=MODALITIES, required=True)
+    add["zeroshot"]("--templates", type=read_lines, help="a file of prompts, one a line, {} for the class")
+    add["zeroshot"]("--class-names", type=read_lines, help="a file of names, one a line; alternatives by |")
     add["zeroshot"]("--partial", action="store_true", help="classes without items are passed over")
-    for side in ("query", "gallery"):
-        add["retrieval"](f"--{side}", choices=MODALITIES, required=True)
-    add["fewshot"]("--shots", type=positive, nargs="+", default=[1, 2, 4, 8], help="items per class")
-    add["fewshot"]("--draws", type=positive, default=5)
+    add["retrieval"]("--query", choices=MODALITIES, required=True)
+    add["retrieval"]("--gallery", choices=MODALITIES, required=True)
+    add["fewshot"]("--modality", choices=MODALITIES, required=True)
+    add["fewshot"]("--shots", type=cli.positive, nargs="+", default=[1, 2, 4, 8], help="items per class")
+    add["fewshot"]("--draws", type=cli.positive, default=5)
     add["fewshot"]("--l2", type=float, default=1e-3, help="weight of the probe's regularisation")
     add["arithmetic"]("--add", nargs="+", metavar="MODALITY=ITEM", help="what to add up: files, or text")
     add["arithmetic"]("--gallery", choices=MODALITIES, default="image", help="what is searched")
-    add["arithmetic"]("--by-parts", action="store_true", help="search five squares of each picture, which may show many things")
-    add["arithmetic"]("--parts", choices=MODALITIES, nargs=2, default=["image", "audio"], help="without --add, in the toy world")
-    add["arithmetic"]("--scenes", type=positive, default=512, help="and how many; the gallery holds as many single things")
-    add["arithmetic"]("--top", type=positive, default=5, help="how many found items to show")
-    add["suite"]("--root", required=True, help="a folder with the paper's data sets, at most two levels below")
-    add["suite"]("--out", help="keeps a file per finished data set (default: the --json file's name without ending, or suite)")
-    add["suite"]("--markdown", help="also write the table to this file")
-    for modality in MODALITIES:
-        add["compare"](f"--{modality}", nargs="+", metavar="TEXT" if modality == "text" else "FILE")
-    args = parser.parse_args()
-    model = load_model(args.checkpoint, args.heads).to(choose_device())
-    source = data.open_data(args.data, "test", allow_outside=args.allow_outside) if "data" in args else None
-    result = args.function(args, model, source)
+    add["arithmetic"]("--by-parts", action="store_true", help="search five squares of each picture")
+    add["arithmetic"]("--parts", choices=MODALITIES, nargs=2, default=["image", "audio"], help="of a sum")
+    add["arithmetic"]("--scenes", type=cli.positive, default=512, help="there, and as many single things")
+    add["arithmetic"]("--top", type=cli.positive, default=5, help="how many found items to show")
+    for m in MODALITIES:
+        add["compare"](f"--{m}", nargs="+", metavar="TEXT" if m == "text" else "FILE")
+    return parser.parse_args()
+
+
+def main():
+    # It was a command here, and scripts may still call it.
+    if sys.argv[1:2] == ["suite"]:
+        raise UsageError("suite is now python benchmarks/paper.py, with the same options")
+    args = parse_args()
+    if args.checkpoint is None:
+        args.checkpoint = cli.newest_run()
+        print(f"checkpoint: {args.checkpoint}")
+    model = cli.load_model(args.checkpoint, args.heads).to(cli.choose_device())
+    source = open_data(args.data, "test", allow_outside=args.allow_outside) if "data" in args else None
+    result = COMMANDS[args.command](args, model, source)
+    if args.command == "matrix":
+        # Which pairs trained together, only the model knows.
+        print(matrix_table(model, shared_modalities(model, source), result["retrieval_r1"]))
+    show(args.command, result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def positive(text):
-    if not text.isdigit() or text == "0":
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    cli.run_main(main)

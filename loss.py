@@ -3,7 +3,14 @@
 van den Oord et al., 2018 (https://arxiv.org/abs/1807.03748); the learnable temperature is CLIP's
 (https://arxiv.org/abs/2103.00020, section 2.5).
 
-    python loss.py            # losses of small batches beside the plain form's, and the gradient by finite differences
+The contract of a loss, for whoever writes another: it is an nn.Module that make_loss returns.
+  forward(q, k)   unit-length embeddings (B, E) of B pairs, the anchor's first -> loss, in-batch accuracy
+  logit_scale     what a cosine is multiplied by: it is logged, and kept in model.pairs
+  processes       each brings its own part of the global batch and returns its share of the global loss:
+                  the sum over processes is the loss, and the gradient, of one process with the whole batch
+Its parameters are trained with the encoders, without weight decay unless they are matrices.
+
+    python loss.py            # losses of small batches in both forms, and the gradient by finite differences
 """
 
 import math
@@ -13,15 +20,25 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-MAX_LOGIT_SCALE = 100.0
-BLOCK = 2**22  # logits held at once: 16 MB in float32
+MAX_LOGIT_SCALE = 100.0  # CLIP's cap
+LOGITS_AT_ONCE = 2**22  # of the similarity matrix: 16 MB in float32
 
 
 def info_nce(q, k, logit_scale):
-    """Equation 1 in its plain form, L(q, k) + L(k, q) of q, k (B, E) in one process: what InfoNCE computes in blocks."""
+    """Equation 1 in its plain form, L(q, k) + L(k, q) of q, k (B, E) in one process.
+
+    InfoNCE computes the same in blocks. The paper adds both directions up, CLIP halves the sum.
+    """
     logits = logit_scale * q @ k.T  # (B, B)
-    target = torch.arange(len(q), device=q.device)
+    target = torch.arange(len(q), device=q.device)  # the pairs are on the diagonal
     return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+
+
+def make_loss(settings):
+    """The loss that a row of train.py's SETTINGS asks for; a temperature of None is learned."""
+    if settings["temperature"] is None:
+        return InfoNCE(0.07, learnable=True)
+    return InfoNCE(settings["temperature"], learnable=False)
 
 
 class InfoNCE(nn.Module):
@@ -43,69 +60,85 @@ class InfoNCE(nn.Module):
     def forward(self, q, k):
         """Unit-length embeddings q, k (B, E) of B pairs -> loss, in-batch accuracy (both scalars).
 
-        Accuracy: the share of k to which, of all q of the batch, their own is the nearest.
-        With several processes, each brings its own part of the global batch, the negatives are all
-        of it, and each gets its share of the global loss: the sum over processes is the loss that
-        one process would have with the whole batch, and so is the sum of the gradients.
+        Accuracy: the share of k whose own q is the nearest among all q of the batch.
         """
-        with torch.no_grad():  # the parameter itself is cut back: a cut output would have no gradient to return
+        # Clamp the parameter, not the output: a clamped output passes no gradient back.
+        with torch.no_grad():
             self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         all_q, start = gather(q)
-        with torch.autocast(q.device.type, enabled=False):  # sums over a batch need all the digits
+        with torch.autocast(q.device.type, enabled=False):  # sums over the batch need float32
             return BlockedInfoNCE.apply(all_q, k, self.logit_scale, start)
 
 
+# ---------------------------------------------------------------------------------------------
+# The same in blocks: memory for rows of the similarity matrix, never for all of it
+
+
+def row_slices(rows, columns, at_once):
+    """Slices of the rows of a matrix (rows, columns), each of at most `at_once` numbers."""
+    step = max(1, at_once // max(1, columns))
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
 class BlockedInfoNCE(torch.autograd.Function):
-    """L(q, k) + L(k, q) of all q (N, E) and this process's k (B, E), without ever holding the logits (B, N) whole.
+    """L(q, k) + L(k, q) of all processes' q (N, E) and this one's k (B, E), without the whole logits (B, N).
 
     logits_ij = logit_scale * k_i.q_j serve both directions: k_i's softmax goes along row i, q_j's down
-    column j. Forward keeps their logsumexps alone; backward makes each block of rows again, where
+    column j. Forward keeps their logsumexps alone. Backward makes each block of rows again, where
     d loss / d logits_ij = (exp(logits_ij - row_i) + exp(logits_ij - column_j) - 2 [i = j]) / N.
     """
 
     @staticmethod
-    def forward(ctx, q, k, logit_scale, start):
-        scaled, own = logit_scale * k, slice(start, start + len(k))
+    def forward(ctx, all_q, k, logit_scale, start):
+        N = len(all_q)
+        scaled = logit_scale * k
+        own = slice(start, start + len(k))  # this process's rows of all_q
         target = torch.arange(start, start + len(k), device=k.device)
-        rows, columns, hits = k.new_empty(len(k)), k.new_full((len(q),), -math.inf), 0
-        for block in blocks(len(k), len(q)):
-            logits = scaled[block] @ q.T  # (b, N)
-            rows[block] = logits.logsumexp(dim=1)
+        rows = k.new_empty(len(k))  # logsumexp of each row
+        columns = k.new_full((N,), -math.inf)  # and of each column, so far
+        hits = 0
+        for part in row_slices(len(k), N, LOGITS_AT_ONCE):
+            logits = scaled[part] @ all_q.T  # (b, N)
+            rows[part] = logits.logsumexp(dim=1)
             columns = torch.logaddexp(columns, logits.logsumexp(dim=0))
-            hits = hits + (logits.argmax(dim=1) == target[block]).sum()
-        if processes() > 1:
+            hits = hits + (logits.argmax(dim=1) == target[part]).sum()
+        if processes() > 1:  # a column goes through every process's rows
             parts = [torch.empty_like(columns) for _ in range(processes())]
             dist.all_gather(parts, columns)
             columns = torch.stack(parts).logsumexp(dim=0)
-        ctx.save_for_backward(q, k, logit_scale, rows, columns, target)
-        positives, accuracy = (scaled * q[own]).sum(dim=1), hits / len(q)
+        ctx.save_for_backward(all_q, k, logit_scale, rows, columns, target)
+        # Each pair is in one row and one column; what is taken off both is the pair's own logit.
+        positives = (scaled * all_q[own]).sum(dim=1)  # (B,)
+        loss = (rows + columns[own] - 2 * positives).sum() / N  # averaged over the global batch
+        accuracy = hits / N
         ctx.mark_non_differentiable(accuracy)
-        return (rows + columns[own] - 2 * positives).sum() / len(q), accuracy  # averaged over the global batch
+        return loss, accuracy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        q, k, logit_scale, rows, columns, target = ctx.saved_tensors
-        scaled, factor = logit_scale * k, grad / len(q)
-        k_grad, q_grad = torch.empty_like(k), torch.zeros_like(q) if ctx.needs_input_grad[0] else None
-        for block in blocks(len(k), len(q)):
-            logits = scaled[block] @ q.T
-            slope = (logits - rows[block, None]).exp_()
-            slope += logits.sub_(columns).exp_()
-            slope[torch.arange(len(slope), device=k.device), target[block]] -= 2
-            k_grad[block] = slope @ q
-            if q_grad is not None:  # not for a frozen anchor
-                q_grad.addmm_(slope.T, scaled[block])
+        all_q, k, logit_scale, rows, columns, target = ctx.saved_tensors
+        scaled = logit_scale * k
+        factor = grad / len(all_q)
+        k_grad = torch.empty_like(k)
+        q_grad = torch.zeros_like(all_q) if ctx.needs_input_grad[0] else None  # not for a frozen anchor
+        for part in row_slices(len(k), len(all_q), LOGITS_AT_ONCE):
+            logits = scaled[part] @ all_q.T
+            dlogits = (logits - rows[part, None]).exp_()  # softmax along the row
+            dlogits += logits.sub_(columns).exp_()  # and down the column
+            dlogits[torch.arange(len(dlogits), device=k.device), target[part]] -= 2
+            k_grad[part] = dlogits @ all_q
+            if q_grad is not None:
+                q_grad.addmm_(dlogits.T, scaled[part])
+        # k_grad still lacks its factors: with k it adds up to the gradient of the scale.
         scale_grad = factor * (k_grad * k).sum()
         if q_grad is not None:
             q_grad *= factor
         return q_grad, k_grad.mul_(factor * logit_scale), scale_grad, None
 
 
-def blocks(rows, columns):
-    """Slices of the rows, of at most BLOCK logits each."""
-    step = max(1, BLOCK // columns)
-    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+# ---------------------------------------------------------------------------------------------
+# Over several processes: negatives are the whole global batch
 
 
 def processes():
@@ -125,7 +158,7 @@ def gather(z):
         return z, 0
     sizes = [torch.zeros(1, dtype=torch.long, device=z.device) for _ in range(processes())]
     dist.all_gather(sizes, torch.tensor([len(z)], device=z.device))
-    sizes = [int(s) for s in sizes]
+    sizes = [int(size) for size in sizes]
     return Gather.apply(z, sizes), sum(sizes[: rank()])
 
 
@@ -135,7 +168,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, sizes):
         ctx.sizes = sizes
-        padded = F.pad(z, (0, 0, 0, max(sizes) - len(z)))
+        padded = F.pad(z, (0, 0, 0, max(sizes) - len(z)))  # gathering takes equal sizes
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes)])
@@ -149,12 +182,15 @@ class Gather(torch.autograd.Function):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    q, k = (F.normalize(torch.randn(8, 16, dtype=torch.double), dim=-1).requires_grad_() for _ in range(2))
-    criterion = InfoNCE().double()
+    q = F.normalize(torch.randn(8, 16, dtype=torch.double), dim=-1).requires_grad_()
+    k = F.normalize(torch.randn(8, 16, dtype=torch.double), dim=-1).requires_grad_()
     one = q[:1].expand(8, -1)
+    criterion = InfoNCE().double()
     for name, a, b in (("unrelated", q, k), ("equal", q, q), ("all in one place", one, one)):
-        (loss, accuracy), plain = criterion(a, b), info_nce(a, b, criterion.logit_scale)
-        print(f"8 pairs, {name}, at temperature 0.07: loss {loss.item():.4f} (plain form: {plain.item():.4f}), "
-              f"in-batch accuracy {accuracy.item():.0%}")
+        loss, accuracy = criterion(a, b)
+        plain = info_nce(a, b, criterion.logit_scale)
+        print(f"8 pairs, {name}, at temperature 0.07: loss {loss.item():.4f} "
+              f"(plain form: {plain.item():.4f}), in-batch accuracy {accuracy.item():.0%}")
     print(f"2 ln 8 = {2 * math.log(8):.4f} is the loss of a model that cannot tell them apart")
-    print("gradient equals finite differences:", torch.autograd.gradcheck(lambda q, k: criterion(q, k)[0], (q, k)))
+    equal = torch.autograd.gradcheck(lambda q, k: criterion(q, k)[0], (q, k))
+    print("gradient equals finite differences:", equal)

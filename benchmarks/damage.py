@@ -26,6 +26,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
+from model import preset  # noqa: E402
+from sources import open_data  # noqa: E402
 
 SECONDS, MEGABYTES = 5, 1000
 SHAPES = {"image": (3, 224, 224), "text": (77,), "audio": (3, 1, 128, 204), "depth": (1, 224, 224), "thermal": (1, 224, 224),
@@ -291,7 +293,7 @@ def outcome(kind, path):
         if modality == "table":
             return read_table(path)
         item = path.read_text(encoding="utf-8", errors="surrogateescape") if modality == "text" else path
-        x = data.load(modality, item, data.preset("tiny", "text") if modality == "text" else None)  # which needs no vocabulary
+        x = data.load(modality, item, preset("tiny", "text") if modality == "text" else None)  # which needs no vocabulary
     except data.DataError as error:
         named = modality == "text" or path.name in str(error)
         return "DataError" if named and "\n" not in str(error) else f"the error is no line that names the file: {error!r}"
@@ -304,8 +306,8 @@ def outcome(kind, path):
 def read_table(path):
     """A manifest's rows, labels and samples: what can be read is a tensor, what cannot a Bad or a DataError."""
     np.save(path.with_name("imu.npy"), np.zeros((6, 400), np.float32))
-    source = data.open_data(str(path))
-    configs = {m: data.preset("huge" if m == "imu" else "tiny", m) for m in source.columns if m in ("imu", "text")}
+    source = open_data(str(path))
+    configs = {m: preset("huge" if m == "imu" else "tiny", m) for m in source.columns if m in ("imu", "text")}
     samples = data.Samples(source, configs)
     for i in range(min(len(source), 100)):
         sample = samples[i]

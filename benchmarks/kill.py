@@ -1,7 +1,7 @@
 """Kills runs with SIGKILL at random moments, resumes them, and compares with a run that was left alone.
 
     python benchmarks/kill.py                # every case, 20 kills each
-    python benchmarks/kill.py workers suite  # these cases
+    python benchmarks/kill.py workers tables  # these cases
 
 Every other try waits until a file is just being written. A case holds if what the last resume
 leaves (weights, log, results) is what the run left alone left, bit for bit; its steps save each time.
@@ -22,12 +22,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
 from model import ImageBind, preset  # noqa: E402
+from sources.toy import CONCEPTS, ToyWorld  # noqa: E402
 
 TRAIN = ["train.py", "--pair", "image-imu", "--steps", "40", "--batch-size", "16", "--save-every", "0"]
 CASES = {  # name -> options beside TRAIN
@@ -36,21 +38,21 @@ CASES = {  # name -> options beside TRAIN
     "manifest": ["--data", "pairs.csv", "--preset", "tiny", "--init", "anchor.pt", "--workers", "2", "--amp", "off"],
     "shards": ["--data", "pairs.tar", "--preset", "tiny", "--init", "anchor.pt", "--workers", "2", "--amp", "off"],
     "cache": ["--samples", "3000", "--cache-anchor", "2", "--workers", "2", "--amp", "off"],
-    "suite": None,  # evaluate.py suite
+    "tables": None,  # benchmarks/paper.py
     "processes": ["--samples", "160", "--workers", "0", "--amp", "off"],  # of two, one dies
 }
 
 
 def prepare(folder):
     """What the cases read: an anchor, a manifest and a shard of 160 toy samples, and a small ESC-50 and AudioCaps in sets/."""
-    world = data.ToyWorld(size=160)
+    world = ToyWorld(size=160)
     torch.manual_seed(0)
     ImageBind([preset("tiny", m) for m in ("image", "text", "audio")]).save(folder / "anchor.pt")
     rows = ["image,imu"]
     with tarfile.open(folder / "pairs.tar", "w") as tar:
         for i in range(len(world)):
-            data.Image.fromarray(world.read(i, "image")).save(folder / f"{i}.png")
-            data.np.save(folder / f"{i}.imu.npy", world.read(i, "imu"))
+            Image.fromarray(world.read(i, "image")).save(folder / f"{i}.png")
+            np.save(folder / f"{i}.imu.npy", world.read(i, "imu"))
             for name in (f"{i}.png", f"{i}.imu.npy"):
                 tar.add(folder / name, name)
             rows.append(f"{i}.png,{i}.imu.npy")
@@ -62,19 +64,19 @@ def prepare(folder):
     lines = {esc / "meta/esc50.csv": ["filename,fold,target,category,esc10,src_file,take"],
              caps / "test.csv": ["audiocap_id,youtube_id,start_time,caption"]}
     for i in range(200):
-        wave = (data.np.sin(data.np.arange(32000) * (0.01 + i / 500)) * 9000).astype("<i2").tobytes()
+        wave = (np.sin(np.arange(32000) * (0.01 + i / 500)) * 9000).astype("<i2").tobytes()
         (esc / f"audio/{i}.wav").write_bytes(sound + wave)
         (caps / f"audio/{i}.wav").write_bytes(sound + wave)
-        lines[esc / "meta/esc50.csv"].append(f"{i}.wav,{i % 5 + 1},0,{data.CONCEPTS[i % 64][1]},False,1,A")
+        lines[esc / "meta/esc50.csv"].append(f"{i}.wav,{i % 5 + 1},0,{CONCEPTS[i % 64][1]},False,1,A")
         lines[caps / "test.csv"].append(f"{i},{i},0,{world.read(i % 160, 'text')}")
     for path, content in lines.items():
         path.write_text("\n".join(content) + "\n")
 
 
 def command_of(case, out):
-    """The command that starts, or goes on with, a case in the folder `out`."""
+    """The command that starts or resumes a case in the folder `out`."""
     if CASES[case] is None:
-        return ["evaluate.py", "suite", "--root", "sets", "--checkpoint", "anchor.pt", "--workers", "0", "--out", str(out),
+        return ["benchmarks/paper.py", "--root", "sets", "--checkpoint", "anchor.pt", "--workers", "0", "--out", str(out),
                 "--json", str(out / "table.json")]
     if (out / "config.json").exists():
         return ["train.py", "--resume", str(out)]

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
-from clip_weights import IMAGEBIND, convert, load_pretrained, their_name  # noqa: E402
+from clip_weights import IMAGEBIND, convert, load_pretrained, name_in_file  # noqa: E402
 from loss import InfoNCE, info_nce  # noqa: E402
 from model import Encoder, ImageBind, flops, preset  # noqa: E402
 
@@ -101,7 +101,7 @@ def released_tower(folder, modality):
     program = ImageBindModel(vision_embed_dim=1280, vision_num_heads=16, text_embed_dim=1024, text_num_heads=16,
                              out_embed_dim=1024, **blocks).eval()
     with torch.device("meta"):
-        wanted = {their_name(IMAGEBIND, modality, ours) for ours in Encoder(config).state_dict()}
+        wanted = {name_in_file(IMAGEBIND, modality, ours) for ours in Encoder(config).state_dict()}
     tensors = {name: t for name, t in program.state_dict().items() if name in wanted}
     ours = ImageBind.from_state({"configs": [vars(config)], "pairs": {}, "weights": convert(IMAGEBIND, [config], tensors)})
     return lambda x: program({theirs: x})[theirs], ours

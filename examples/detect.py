@@ -32,7 +32,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import evaluate  # noqa: E402
+from files.decode import read_image  # noqa: E402
 from model import MODALITIES  # noqa: E402
+from runtime import cli  # noqa: E402
+from sources.toy import CONCEPTS, Thing, ToyWorld, paint, silhouette  # noqa: E402
 
 ZOOMS = (1.0, 1.25, 1.75, 2.25, 3.0)  # a window's side is the picture's short side over these
 CELLS = 64  # of the heat map, along the short side
@@ -240,18 +243,18 @@ def toy_scene(index, width=384, height=256):
     """A picture (H, W, 3) uint8, the concepts of its things, and the boxes (K, 4) of what is seen of them."""
     rng = np.random.default_rng([6, index])
     band, things = height / width / 2, []  # the middle of a square picture
-    for concept in rng.choice(len(data.CONCEPTS), rng.integers(2, 5), replace=False):
+    for concept in rng.choice(len(CONCEPTS), rng.integers(2, 5), replace=False):
         for _ in range(1000):
             r = rng.uniform(0.09, 0.17)
             x, y = rng.uniform(r, 1 - r), rng.uniform(0.5 - band + r, 0.5 + band - r)
             if all(np.hypot(x - t.x, y - t.y) > r + t.radius for t in things):
-                things.append(data.Thing(int(concept), x, y, r, rng.uniform(-0.2, 0.2)))
+                things.append(Thing(int(concept), x, y, r, rng.uniform(-0.2, 0.2)))
                 break
     middle, boxes = slice((width - height) // 2, (width + height) // 2), []
     for thing in things:
-        y, x = np.nonzero(data.silhouette(thing, width)[0][middle] > 0.5)
+        y, x = np.nonzero(silhouette(thing, width)[0][middle] > 0.5)
         boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
-    return data.paint(things, rng, width)[middle], [t.concept for t in things], torch.tensor(boxes).float()
+    return paint(things, rng, width)[middle], [t.concept for t in things], torch.tensor(boxes).float()
 
 
 def average_precision(found, scenes, q):
@@ -282,11 +285,11 @@ def pointing(found, scenes):
 
 def toy_prompts(model):
     """A Query of all concepts by text prompts, by one held-out sound each, and by random directions."""
-    world, prompts = data.ToyWorld("test", len(data.CONCEPTS), seed=6), {}
+    world, prompts = ToyWorld("test", len(CONCEPTS), seed=6), {}
     if "text" in model.encoders:
         prompts["text"] = query_of(model, "text", evaluate.class_embeddings(model, world.classes, world.templates))
     if "audio" in model.encoders:
-        prompts["audio"] = query_of(model, "audio", evaluate.embed_items(model, world, "audio")[0])
+        prompts["audio"] = query_of(model, "audio", evaluate.embed_items(model, world, "audio").z)
     noise = torch.randn(len(world), model.encoder("image").config.embed_dim, generator=torch.Generator().manual_seed(0))
     return prompts | {"random": query_of(model, "text", F.normalize(noise, dim=-1))}
 
@@ -299,10 +302,10 @@ def measure_toy(model, count):
         seen = look(model, picture)
         for name, query in prompts.items():
             found[name].append(detect(model, picture, query, seen))
-    print(f"{count} scenes with {sum(len(c) for _, c, _ in scenes)} things, all {len(data.CONCEPTS)} concepts asked of each")
+    print(f"{count} scenes with {sum(len(c) for _, c, _ in scenes)} things, all {len(CONCEPTS)} concepts asked of each")
     print(f"{'prompted by':12}{'mAP@0.5':>9}{'pointing':>10}")
     for name in prompts:
-        precision = torch.tensor([average_precision(found[name], scenes, q) for q in range(len(data.CONCEPTS))])
+        precision = torch.tensor([average_precision(found[name], scenes, q) for q in range(len(CONCEPTS))])
         right = pointing(found[name], scenes)
         print(f"{name:12}{precision.nanmean():9.1%}{sum(right) / len(right):10.1%}")
 
@@ -354,7 +357,7 @@ def query_of(model, modality, z):
 def toy_show(model):
     """A toy scene; the sounds (without an audio encoder, the names) of its first three things, and those of all others."""
     picture, concepts, _ = toy_scene(SHOWN)
-    world, m = data.ToyWorld("test", len(data.CONCEPTS), seed=6), "audio" if "audio" in model.encoders else "text"
+    world, m = ToyWorld("test", len(CONCEPTS), seed=6), "audio" if "audio" in model.encoders else "text"
     order = concepts[:3] + [c for c in range(len(world)) if c not in concepts[:3]]
     items = [(m, f"{m}: {world.classes[c]}", data.transform(m, world.read(c, m), model.encoder(m).config)) for c in order]
     return picture, items[:3], items[3:]
@@ -363,16 +366,16 @@ def toy_show(model):
 def read_files(model, args):
     """The picture, what to find in it as (modality, name, tensor), and what competes, that the command line names."""
     def load(m, item):
-        evaluate.require(model, None, m)
+        evaluate.require_joined(model, None, m)
         return m, item if m == "text" else f"{m}: {Path(item).stem}", data.load(m, item, model.encoder(m).config)
 
     asked = [load(m, item) for m in MODALITIES for item in getattr(args, f"ask_{m}")]
-    with data.naming(args.image):
-        return data.read_image(args.image), asked, [load("text", item) for item in args.against]
+    with data.errors_named(args.image):
+        return read_image(args.image), asked, [load("text", item) for item in args.against]
 
 
 def main():
-    parser = evaluate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--image", help="the picture to search (default: toy scenes)")
     for m in MODALITIES:
@@ -380,14 +383,17 @@ def main():
     add("--against", nargs="+", default=[], metavar="TEXT", help="other things, by name: they compete but are not drawn")
     add("--out", default="found.png", help="boxes and heat maps are drawn to this file")
     add("--threshold", type=float, default=0.2, help="of the scores of drawn boxes")
-    add("--scenes", type=evaluate.positive, default=100, help="toy scenes to measure on")
+    add("--scenes", type=cli.positive, default=100, help="toy scenes to measure on")
     add("--checkpoint", help="as for evaluate.py (default: the newest run)")
-    add("--heads", type=evaluate.parse_heads, help="attention heads where the file does not say: image=16,text=12")
+    add("--heads", type=cli.parse_heads, help="attention heads where the file does not say: image=16,text=12")
     args = parser.parse_args()
     if bool(args.image) != any(getattr(args, f"ask_{m}") for m in MODALITIES):
-        raise evaluate.UsageError("--image and what to find in it go together: --audio dog.wav, --text 'a car', --like cat.jpg")
-    model = evaluate.load_model(args.checkpoint, args.heads).to("cuda" if torch.cuda.is_available() else "cpu")
-    evaluate.require(model, None, "image")
+        raise cli.UsageError("--image and what to find in it go together: --audio dog.wav, --text 'a car', --like cat.jpg")
+    if args.checkpoint is None:
+        args.checkpoint = cli.newest_run()
+        print(f"checkpoint: {args.checkpoint}")
+    model = cli.load_model(args.checkpoint, args.heads).to("cuda" if torch.cuda.is_available() else "cpu")
+    evaluate.require_joined(model, None, "image")
     if not args.image:
         measure_toy(model, args.scenes)
     picture, asked, rivals = read_files(model, args) if args.image else toy_show(model)
@@ -403,4 +409,4 @@ def main():
 
 
 if __name__ == "__main__":
-    evaluate.run_main(main)
+    cli.run_main(main)

@@ -32,8 +32,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import evaluate as metrics  # noqa: E402
 import train as training  # noqa: E402
-from evaluate import RunError, UsageError  # noqa: E402
-from model import MODALITIES, Block, EncoderConfig, PatchStem, choose_device, encoder_of, read_checkpoint, save_atomic  # noqa: E402
+from files.checkpoints import read_checkpoint, save_atomic, weights_digest  # noqa: E402
+from files.decode import READERS  # noqa: E402
+from model import MODALITIES, Block, EncoderConfig, PatchStem, encoder_of  # noqa: E402
+from runtime import cli  # noqa: E402
+from runtime.cli import RunError, UsageError, choose_device, positive  # noqa: E402
+from runtime.run import STOP, Run  # noqa: E402
+from sources import open_data  # noqa: E402
+from sources.toy import ToyWorld  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------
 # The generator, and flow matching: straight from noise at t = 0 to a picture at t = 1
@@ -121,7 +127,7 @@ def nearest(x, pictures):
 def read_pictures(model, source, size, workers):
     """The source's pictures (N, 3, S, S) in half precision, their embeddings (N, E), and how many could not be read."""
     samples = data.Samples(source, {"image": model.encoder("image").config})
-    order = [i for i in source.indices() if source.item(i) == i]
+    order = [i for i in source.indices() if source.first_row_of_item(i) == i]
     loader = torch.utils.data.DataLoader(samples, 64, sampler=order, num_workers=workers, collate_fn=data.collate)
     batches = [(resize(batch["image"], size).half(), model.embed("image", batch["image"]).cpu())
                for batch, _ in tqdm(loader, desc="reading pictures", leave=False, disable=None) if batch is not None]
@@ -140,14 +146,14 @@ def train(args):
     if args.size % args.patch or args.width % 32:
         raise UsageError(f"--size {args.size} must be a multiple of --patch {args.patch}, and --width {args.width} of 32")
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, training.STOP.catch)
+        signal.signal(signum, STOP.catch)
     file, start = Path(args.out) / "generator.pt", time.monotonic()
     options = {key: value for key, value in vars(args).items() if key not in ("function", "workers", "out")}
     saved = read_checkpoint(file) if file.exists() else None
     if saved and (saved["options"] != options or saved["step"] == args.steps):
         raise UsageError(f"--out {args.out} holds a generator already: name another folder")
     model, source = load_model(args.checkpoint), open_source(args, "train")
-    metrics.require(model, source, "image")
+    metrics.require_joined(model, source, "image")
     pictures, z, bad = read_pictures(model, source, args.size, args.workers)
     print(f"{len(pictures)} pictures, {bad} unreadable, {time.monotonic() - start:.0f} s")
     torch.manual_seed(args.seed)
@@ -167,12 +173,12 @@ def train(args):
         loss = take_step(generator, average, optimizer, pictures, z, step, row, args)
         step += 1
         progress.update()
-        if training.STOP.is_set or step == args.steps or time.monotonic() - last_save > 60:
+        if STOP.is_set or step == args.steps or time.monotonic() - last_save > 60:
             save_atomic({"config": asdict(generator.config), "options": options, "step": step, "image_mean": z.mean(dim=0),
-                         "encoder": metrics.fingerprint(model.encoder("image")),
+                         "encoder": weights_digest(model.encoder("image")),
                          **{name: part.state_dict() for name, part in parts.items()}}, file)
             last_save = time.monotonic()
-        if training.STOP.is_set and step < args.steps:
+        if STOP.is_set and step < args.steps:
             raise RunError(f"stopped at step {step}, all of it saved; go on with the same command")
     progress.close()
     print(f"{file}: {step} steps of {args.batch_size} pictures, last loss {loss:.3f}, {time.monotonic() - start:.0f} s")
@@ -208,12 +214,15 @@ def take_step(generator, average, optimizer, pictures, z, step, row, args):
 
 
 def load_model(name):
-    return metrics.load_model(name).to(choose_device())
+    if name is None:
+        name = cli.newest_run()
+        print(f"checkpoint: {name}")
+    return cli.load_model(name).to(choose_device())
 
 
 def open_source(args, split):
     toy = args.data == "toy" and split == "train"
-    return data.ToyWorld(size=args.pictures) if toy else data.open_data(args.data, split)
+    return ToyWorld(size=args.pictures) if toy else open_data(args.data, split)
 
 
 def load_generator(args):
@@ -227,14 +236,14 @@ def load_generator(args):
         raise UsageError(f"{file}: not what python examples/generate.py train writes ({type(error).__name__})") from error
     model = load_model(args.checkpoint or saved["options"]["checkpoint"])
     args.data, args.pictures = args.data or saved["options"]["data"], saved["options"]["pictures"]
-    if metrics.fingerprint(model.encoder("image")) != saved["encoder"]:
+    if weights_digest(model.encoder("image")) != saved["encoder"]:
         raise UsageError(f"{file} learned from another image encoder than this checkpoint's; name that --checkpoint")
     return generator.to(choose_device()).eval(), model, saved["image_mean"]
 
 
 def modality_means(model, source, modalities, image_mean, limit=256):
     """Mean embedding (E,) of each modality that the source holds, over training items: no pair of them is needed."""
-    return {m: image_mean if m == "image" else metrics.embed_items(model, source, m, limit=limit)[0].mean(dim=0)
+    return {m: image_mean if m == "image" else metrics.embed_items(model, source, m, limit=limit).z.mean(dim=0)
             for m in modalities if m in source.columns}
 
 
@@ -249,15 +258,15 @@ def read_prompts(args, model):
     """[[(modality, what was read)], ...]: of the command line; without any, held-out items of the toy world and sums of two."""
     given = [(m, item) for m in MODALITIES for item in getattr(args, m) or ()]
     if given:
-        metrics.require(model, None, "image", *(m for m, _ in given))
+        metrics.require_joined(model, None, "image", *(m for m, _ in given))
         parts = []
         for modality, item in given:
-            with data.naming(item):
-                parts.append((modality, data.READERS[modality](item)))
+            with data.errors_named(item):
+                parts.append((modality, READERS[modality](item)))
         return [parts] if args.sum else [[part] for part in parts]
     if args.data != "toy":
         raise UsageError("name what to draw, such as --audio x.wav or --text 'a dog'")
-    world, rows = data.ToyWorld("test"), [["audio"], ["text"], ["depth"], ["image"], ["audio", "text"], ["image", "audio"]]
+    world, rows = ToyWorld("test"), [["audio"], ["text"], ["depth"], ["image"], ["audio", "text"], ["image", "audio"]]
     return [[(m, world.read(65 + 23 * row + 29 * part, m)) for part, m in enumerate(parts)]
             for row, parts in enumerate(rows) if set(parts) <= set(model.encoders)]
 
@@ -326,7 +335,7 @@ def load_judge(args):
     """--judge, or an image-text model of the toy world of another seed than the one that conditions, trained once."""
     if args.judge or args.data != "toy":
         return load_model(args.judge)
-    run = training.Run(Path(args.generator) / "judge")
+    run = Run(Path(args.generator) / "judge")
     if not run.finished():
         print(f"training the judge first (image-text, seed 1), kept in {run.folder}")
         training.train(training.parse_args(["--pair", "image-text", "--seed", "1"]), run)
@@ -354,8 +363,8 @@ def evaluate(args):
     drawn, embedded = {}, {}
     print(f"{'drawn from':16}{'named right':>18}{'centred':>18}")
     for m in modalities:
-        z, indices, _ = metrics.embed_items(model, source, m, limit=args.items)
-        labels, embedded[m] = metrics.item_labels(source, indices), z
+        z, _, labels, _ = metrics.embed_items(model, source, m, limit=args.items)
+        embedded[m] = z
         drawn[m], centred = draw(generator, z, args), draw(generator, centre(z, means[m], image_mean), args)
         print(f"{m:16}{right(drawn[m], labels)}{right(centred, labels)}", flush=True)
     print(f"{'nothing':16}{right(draw(generator, 0 * z, args), labels)}   chance {1 / len(source.classes):.1%}")
@@ -375,7 +384,7 @@ def evaluate(args):
 
 
 def main():
-    parser = metrics.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for function in (train, sample, evaluate):
         sub = commands.add_parser(function.__name__)
@@ -388,14 +397,14 @@ def main():
         add("--generator", default="runs/generate", help="the folder that train wrote")
         add("--data", help="as in training (default: the generator's), for the means of the modalities and for evaluation")
         add("--guidance", type=float, default=2.0, help="1: as the embedding says; more: clearer, and less varied")
-        add("--sampling-steps", type=metrics.positive, default=25)
+        add("--sampling-steps", type=positive, default=25)
     add = commands.choices["train"].add_argument
     add("--out", default="runs/generate")
     add("--data", default="toy", help="toy, a manifest with an image column, or NAME:ROOT")
     for name, default, what in (("pictures", 20000, "of the toy world"), ("size", 32, "of a side"), ("patch", 8, "of a side"),
                                 ("width", 128, "of the tokens"), ("depth", 4, "in blocks"), ("steps", 4000, "of training"),
                                 ("batch-size", 64, "")):
-        add(f"--{name}", type=metrics.positive, default=default, help=what)
+        add(f"--{name}", type=positive, default=default, help=what)
     add("--lr", type=float, default=2e-3)
     add("--noise", type=float, default=0.5, help="length of the random vector added to each embedding in training")
     add = commands.choices["sample"].add_argument
@@ -404,14 +413,14 @@ def main():
     add("--sum", action="store_true", help="add all prompts up and draw the sum")
     add("--centre", action="store_true", help="move each modality's embeddings to the images' mean first: where a gap hurts")
     add("--out", default="grid.png")
-    add("--count", type=metrics.positive, default=6, help="pictures of each prompt")
-    add("--side", type=metrics.positive, default=96, help="pixels of each on the sheet")
+    add("--count", type=positive, default=6, help="pictures of each prompt")
+    add("--side", type=positive, default=96, help="pixels of each on the sheet")
     add = commands.choices["evaluate"].add_argument
-    add("--items", type=metrics.positive, default=256, help="held-out prompts of each modality")
+    add("--items", type=positive, default=256, help="held-out prompts of each modality")
     add("--judge", help="an image-text model that names what was drawn (default: a toy one, trained first)")
     args = parser.parse_args()
     args.function(args)
 
 
 if __name__ == "__main__":
-    metrics.run_main(main)
+    cli.run_main(main)

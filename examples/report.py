@@ -26,7 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
-from model import MODALITIES, choose_device, encoder_of  # noqa: E402
+from files.decode import SAMPLE_RATE  # noqa: E402
+from model import MODALITIES, encoder_of  # noqa: E402
+from runtime import cli  # noqa: E402
+from sources import open_data  # noqa: E402
+from sources.toy import CONCEPT_NAMES  # noqa: E402
 
 QUERIES, FOUND = 3, 4  # in each gallery; shown of what each finds
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
@@ -66,12 +70,12 @@ def heat_map(x, modality):
 
 def sound(x, seconds=3):
     """(channels, T) at 16 kHz -> its log-mel picture and a player, of its start; loudness evened out."""
-    x = x[:1, : seconds * data.SAMPLE_RATE]
+    x = x[:1, : seconds * SAMPLE_RATE]
     x = x - x.mean()
-    mel = data.log_mel(x, bins=64, frames=max(1, (x.shape[1] - 400) // 160 + 1))[0].flip(0).numpy()
+    mel = data.filter_bank(x, bins=64, frames=max(1, (x.shape[1] - 400) // 160 + 1))[0].flip(0).numpy()
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
-        out.setparams((1, 2, data.SAMPLE_RATE, 0, "NONE", ""))
+        out.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         out.writeframes((x[0] / x.abs().max().clamp(min=1e-9) * 29000).numpy().astype("<i2").tobytes())
     return picture(heat_map(mel, "audio"), "audio") + f'<audio controls src="{uri("audio/wav", file.getvalue())}"></audio>'
 
@@ -106,11 +110,11 @@ def draw(source, index, modality):
 def card(source, index, modality, right=None, note=""):
     """A figure of one item, named by its class, else its text, else its row; `right` marks a found one."""
     label = source.label(index) if source.classes else -1
-    told = source.about(index, "text")[:80] if modality != "text" and "text" in source.columns else ""
+    told = source.caption(index, "text")[:80] if modality != "text" and "text" in source.columns else ""
     name = note or (source.classes[label].split("|")[0] if label >= 0 else told or source.name(index))
     kind, sign = {None: ("", ""), True: ("right", "✓ "), False: ("wrong", "✗ ")}[right]
     try:
-        with data.naming(source.name(index)):
+        with data.errors_named(source.name(index)):
             drawn = draw(source, index, modality)
     except data.DataError:
         drawn = "<q>cannot be read</q>"
@@ -218,8 +222,8 @@ def draw_at_random(count):
 
 def gallery(model, source, embedded, a, b, recall, opened):
     """Some queries, and of each what it finds first."""
-    (q, rows, _), (g, found, _) = embedded[a], embedded[b]
-    ql, gl = (evaluate.item_labels(source, indices) for indices in (rows, found))
+    q, rows, ql, _ = embedded[a]
+    g, found, gl, _ = embedded[b]
     body = ""
     for i in draw_at_random(len(q))[:QUERIES]:
         nearest = (q[i] @ g.T).topk(min(FOUND, len(g))).indices.tolist()
@@ -243,8 +247,9 @@ def galleries(model, source, embedded, recall):
 
 def sums(source, embedded, parts):
     """Rows on a user's data: an item, another's in the second modality, what their sum finds among the others."""
-    (p, rows, _), (s, others, _) = (embedded[m] for m in parts)
-    g, found, _ = embedded[parts[0]]
+    p, rows, _, _ = embedded[parts[0]]
+    s, others, _, _ = embedded[parts[1]]
+    g, found = p, rows
     order = draw_at_random(min(len(p), len(s)))
     for i, j in list(zip(order, order[1:]))[:QUERIES]:
         a, b = int(rows[i]), int(others[j])
@@ -260,18 +265,18 @@ def toy_sums(result, size):
         hits = []
         for n, right in zip(example["found"], example["right"]):
             world, index = (scenes, n) if n < size else (single, n - size)
-            names = " and ".join(data.CONCEPT_NAMES[c] for c in world.concepts(index))
+            names = " and ".join(CONCEPT_NAMES[c] for c in world.concepts(index))
             hits.append(card(world, index, result["gallery"], right, names))
         yield *(card(queries, index, m) for index, m in zip(example["add"], result["parts"])), hits
 
 
 def arithmetic(model, source, embedded, args):
     parts = [m for m in ("image", "audio", "imu", "thermal", "depth", "text")
-             if m in embedded and evaluate.bound(model, "image", m)][:2]
+             if m in embedded and evaluate.joined_by_training(model, "image", m)][:2]
     if len(parts) < 2:
         return ""
     head, text = "", "Two embeddings added, and what is nearest to their sum among all other items."
-    if isinstance(source, data.ToyWorld):
+    if args.data == "toy":
         args = argparse.Namespace(**vars(args), parts=parts, gallery=parts[0], scenes=512, top=FOUND,
                                   by_parts=parts[0] == "image")
         result = evaluate.toy_arithmetic(args, model)
@@ -292,16 +297,16 @@ def opening(name, model, source, embedded, recall):
     emergent = {key: value for key, value in recall.items() if not evaluate.trained_together(model, *key.split("->"))}
     best = max(emergent or recall, key=recall.get)
     a, b = best.split("->")
-    chance = 1 / len(evaluate.item_labels(source, embedded[b][1]).unique())
+    chance = 1 / len(embedded[b].labels.unique())
     met = "never met in training. Still, " if emergent else "were trained together: "
     text = (f"{chip(a)} and {chip(b)} {met}<strong>{recall[best]:.1%}</strong> of the {NOUNS[a]} find their "
             f"{NOUNS[b]} first, where chance is {chance:.1%}.")
-    tiles = {"modalities": len(embedded), "items": max(len(z) for z, _, _ in embedded.values()),
+    tiles = {"modalities": len(embedded), "items": max(len(items.z) for items in embedded.values()),
              "pairs that emerged": f"{len(emergent) // 2} of {len(recall) // 2}"}
     if emergent:
         tiles["R@1 of those, mean"] = f"{np.mean(list(emergent.values())):.1%}"
     body = "".join(f"<div><b>{value}</b>{label}</div>" for label, value in tiles.items())
-    shared = set.intersection(*(set(indices.tolist()) for _, indices, _ in embedded.values()))
+    shared = set.intersection(*(set(items.indices.tolist()) for items in embedded.values()))
     senses = ""
     if shared:
         index = sorted(shared)[len(shared) * 2 // 5]
@@ -317,16 +322,16 @@ def opening(name, model, source, embedded, recall):
 
 
 def page(name, model, source, args, log):
-    modalities = evaluate.comparable(model, source)
+    modalities = evaluate.shared_modalities(model, source)
     if len(modalities) < 2:
-        raise evaluate.UsageError("a report needs two modalities at least that both have: the checkpoint has "
+        raise cli.UsageError("a report needs two modalities at least that both have: the checkpoint has "
                                   f"{', '.join(model.encoders)}, the data have {', '.join(source.columns)}")
     embedded = {m: evaluate.embed_items(model, source, m, args.batch_size, args.workers, args.limit) for m in modalities}
     recall, zeroshot = evaluate.pairwise(model, source, embedded)
     if not recall:
-        raise evaluate.UsageError(f"nothing joins any of {', '.join(modalities)} in this checkpoint (its pairs: "
+        raise cli.UsageError(f"nothing joins any of {', '.join(modalities)} in this checkpoint (its pairs: "
                                   f"{', '.join(model.pairs) or 'none'}): scores would be noise")
-    bad = list(dict.fromkeys(item for _, _, unread in embedded.values() for item in unread))
+    bad = list(dict.fromkeys(item for items in embedded.values() for item in items.bad))
     note = "R@1 in %: how often the nearest item of the column's modality is right, for the items of the row's."
     legend = "".join(f'<span class="{kind}"></span>{words}' for kind, words in (
         ("emergent", "never trained together"), ("trained", "trained together")))
@@ -351,16 +356,16 @@ def page(name, model, source, args, log):
 
 
 def main():
-    parser = evaluate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run's folder, or whatever evaluate.py's --checkpoint takes")
     parser.add_argument("--data", help="toy, a manifest (CSV), tar shards, or NAME:ROOT (default: what the run is evaluated on, "
                         "else toy)")
     parser.add_argument("--allow-outside", action="store_true", help="read files outside a manifest's folder, too (default: as "
                         "the run did)")
-    parser.add_argument("--heads", type=evaluate.parse_heads, help="attention heads where no file says: image=16,text=12")
+    parser.add_argument("--heads", type=cli.parse_heads, help="attention heads where no file says: image=16,text=12")
     parser.add_argument("--out", help="the file to write (default: report.html in the run's folder)")
-    parser.add_argument("--limit", type=evaluate.positive, help="look at the first so many rows of the data alone")
-    parser.add_argument("--batch-size", type=evaluate.positive, default=64)
+    parser.add_argument("--limit", type=cli.positive, help="look at the first so many rows of the data alone")
+    parser.add_argument("--batch-size", type=cli.positive, default=64)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     path = Path(args.checkpoint)
@@ -368,8 +373,9 @@ def main():
     config = json.loads((folder / "config.json").read_text()) if (folder / "log.jsonl").is_file() else {}
     spec = args.data or config.get("eval_data") or config.get("data") or "toy"
     outside = args.allow_outside or not args.data and config.get("allow_outside", False)  # the run's for the run's data alone
-    source = data.open_data(spec, "test", allow_outside=outside)
-    model = evaluate.load_model(args.checkpoint, args.heads).to(choose_device())
+    args.data = spec
+    source = open_data(spec, "test", allow_outside=outside)
+    model = cli.load_model(args.checkpoint, args.heads).to(cli.choose_device())
     text = page(f"{folder.name if config else path.name} on {spec}", model, source, args, read_log(folder / "log.jsonl"))
     out = Path(args.out) if args.out else (folder if config else Path()) / "report.html"
     out.write_text(text, encoding="utf-8")
@@ -377,4 +383,4 @@ def main():
 
 
 if __name__ == "__main__":
-    evaluate.run_main(main)
+    cli.run_main(main)

@@ -15,7 +15,7 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workplace")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setitem(train.TOY_SAMPLES, "text", 12000)
+        patch.setitem(train.SETTINGS["text"], "toy_samples", 12000)
         anchor = train.Run(train.TOY_ANCHOR)
         train.train(train.parse_args(["--pair", "image-text", "--workers", "2"]), anchor)
     return folder

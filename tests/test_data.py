@@ -10,8 +10,14 @@ import torch
 from PIL import Image
 
 import data
-from data import DataError, Samples, Table, ToyWorld, View, draws, load
+from data import DataError, Samples, View, batch_keys, load
+from files import decode
 from model import MODALITIES, preset
+from runtime.cache import Cache
+from sources import open_data, shards
+from sources.manifest import Table
+from sources.shards import SHARD_STRIDE
+from sources.toy import CONCEPTS, ToyWorld
 
 TINY = {m: preset("tiny", m) for m in MODALITIES}
 
@@ -38,7 +44,7 @@ def write_wav(path, samples, rate, bits, kind=1, extensible=False):
 @pytest.mark.parametrize("bits,kind,extensible", [(8, 1, False), (16, 1, False), (24, 1, True), (32, 1, False), (32, 3, False)])
 def test_wav_of_any_width_is_read(tmp_path, bits, kind, extensible):
     samples = np.stack([np.sin(np.arange(4000) / 9), np.zeros(4000)], axis=1) * 0.9
-    wave = data.read_audio(write_wav(tmp_path / "a.wav", samples, 16000, bits, kind, extensible))
+    wave = decode.read_audio(write_wav(tmp_path / "a.wav", samples, 16000, bits, kind, extensible))
     assert wave.shape == (2, 4000)
     assert np.abs(wave[0].numpy() - samples[:, 0]).max() < max(2.0 ** (2 - bits), 1e-6)
 
@@ -98,10 +104,11 @@ def test_pictures_of_a_sample_are_cropped_and_flipped_together():
 def test_a_drawn_sample_is_cropped_as_the_cached_view_of_its_anchor(monkeypatch):
     crop, used = View.crop, []
     monkeypatch.setattr(View, "crop", lambda self, x, size: used.append(self) or crop(self, x, size))
-    cache, world = data.Cache(None, ToyWorld(), "image", views=3), ToyWorld()
+    world = ToyWorld()
+    cache = Cache(None, world, "image", views=3)
     monkeypatch.setattr(cache, "look_up", lambda index, number: number)
     samples = [Samples(world, {"depth": TINY["depth"]}, cache=cache)[(draw, 7)] for draw in range(30)]
-    fixed = [View(1.0, 1.0, 0.5, 0.5, False), *(data.fixed_view(world, 7, number)[1] for number in (1, 2))]
+    fixed = [View(1.0, 1.0, 0.5, 0.5, False), *(data.cached_view(world, 7, number)[1] for number in (1, 2))]
     assert used == [fixed[sample["image"]] for sample in samples] and len({sample["image"] for sample in samples}) == 3
 
 
@@ -114,7 +121,7 @@ def test_a_view_crops_where_it_says():
 
 def test_the_toy_world_is_the_same_by_index_and_its_splits_never_meet():
     train, test = ToyWorld("train", size=3000), ToyWorld("test", size=3000)
-    assert len(data.CONCEPTS) >= 64
+    assert len(CONCEPTS) >= 64
     for modality in ("image", "audio", "depth", "thermal", "imu"):
         again = ToyWorld("train", size=3000).read(7, modality)
         assert np.array_equal(train.read(7, modality), again)
@@ -168,20 +175,20 @@ def test_a_shard_holds_what_its_files_hold_and_a_name_is_only_a_name(tmp_path, f
             link = tarfile.TarInfo(f"{stem}.jpg")
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             tar.addfile(link)
-    before, shards = sorted(tmp_path.rglob("*")), data.open_data(str(tmp_path / "s.tar"))
+    before, shards = sorted(tmp_path.rglob("*")), open_data(str(tmp_path / "s.tar"))
     assert len(shards) == 4 and shards.columns == ["text", "audio", "depth"]
     for index, stem in zip(shards.indices(), stems, strict=True):
         assert shards.name(index) == f"s.tar:{stem.lstrip('/')}" and shards.read(index, "text") == "a dog"
-        assert torch.equal(shards.read(index, "audio"), data.read_audio(tmp_path / "wav"))
-        assert np.array_equal(shards.read(index, "depth"), data.read_depth(tmp_path / "depth.png"))
+        assert torch.equal(shards.read(index, "audio"), decode.read_audio(tmp_path / "wav"))
+        assert np.array_equal(shards.read(index, "depth"), decode.read_depth(tmp_path / "depth.png"))
         with pytest.raises(DataError, match="no image"):
             shards.read(index, "image")
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_damaged_shard_is_named_and_the_others_go_on(tmp_path):
-    shards = data.open_data(write_shards(tmp_path, [5, 5, 5, 5, 5]))
-    size, whole = list(shards.indices([1]))[3] % data.SHARD, (tmp_path / "s-1.tar").read_bytes()
+    shards = open_data(write_shards(tmp_path, [5, 5, 5, 5, 5]))
+    size, whole = list(shards.indices([1]))[3] % SHARD_STRIDE, (tmp_path / "s-1.tar").read_bytes()
     (tmp_path / "s-1.tar").write_bytes(whole[: size + 600])  # cut off in the fourth picture
     (tmp_path / "s-2.tar").write_bytes(whole[:size] + b"\xff" * 512 + whole[size + 512 :])  # a damaged header
     (tmp_path / "s-3.tar").write_bytes(whole[:size] + bytes(len(whole)))  # zeros, as after a crash
@@ -193,23 +200,23 @@ def test_a_damaged_shard_is_named_and_the_others_go_on(tmp_path):
 
 
 def test_shards_are_drawn_in_parts_and_go_on_where_they_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BUFFER", 4)
-    shards = data.open_data(write_shards(tmp_path, [7, 5, 9]))
-    assert len(shards) == 21 and shards.classes == [str(c) for c in sorted({ToyWorld().label(i) for i in range(21)})]
+    monkeypatch.setattr(shards, "BUFFER", 4)
+    source = open_data(write_shards(tmp_path, [7, 5, 9]))
+    assert len(source) == 21 and source.classes == [str(c) for c in sorted({ToyWorld().label(i) for i in range(21)})]
     for world in (1, 3, 4):  # 4: fewer shards than processes
-        parts = [list(draws(shards, 12, epochs=9, seed=1, rank=r, world=world)) for r in range(world)]
+        parts = [list(batch_keys(source, 12, epochs=9, seed=1, rank=r, world=world)) for r in range(world)]
         seen = [[index for batch in part for _, index in batch] for part in parts]
         passes = [seen[r][:n] for r, n in enumerate({1: [21], 3: [7, 5, 9], 4: [6, 5, 5, 5]}[world])]
-        assert sorted(sum(passes, [])) == list(shards.indices()) != sum(passes, [])
-        assert len({draw for part in parts for batch in part for draw, _ in batch}) == 9 * 12
+        assert sorted(sum(passes, [])) == list(source.indices()) != sum(passes, [])
+        assert len({number for part in parts for batch in part for number, _ in batch}) == 9 * 12
         for start in (1, 4, 8):
-            assert list(draws(shards, 12, 9, seed=1, start=start, rank=world - 1, world=world)) == parts[-1][start:]
+            assert list(batch_keys(source, 12, 9, seed=1, start=start, rank=world - 1, world=world)) == parts[-1][start:]
 
 
 def test_processes_and_resumed_runs_draw_the_same_batches():
-    whole = list(draws(range(10), 4, epochs=3, replicate=1.5, seed=1))
+    whole = list(batch_keys(ToyWorld(size=10), 4, epochs=3, replicate=1.5, seed=1))
     assert len(whole) == 9 and sorted(i for b in whole[:3] for _, i in b).count(0) <= 2
-    assert list(draws(range(10), 4, 3, 1.5, 1, start=5)) == whole[5:]
-    parts = [list(draws(range(10), 4, 3, 1.5, 1, rank=r, world=2)) for r in range(2)]
+    assert list(batch_keys(ToyWorld(size=10), 4, 3, 1.5, 1, start=5)) == whole[5:]
+    parts = [list(batch_keys(ToyWorld(size=10), 4, 3, 1.5, 1, rank=r, world=2)) for r in range(2)]
     assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(b) for b in whole]
     assert len({draw for batch in whole for draw, _ in batch}) == 36  # every draw its own augmentation

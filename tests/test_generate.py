@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 import data
 import train as training
-from evaluate import RunError, UsageError
+from files.decode import read_image
 from model import EncoderConfig, ImageBind, preset
+from runtime.cli import RunError, UsageError
+from runtime.run import STOP
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -92,7 +94,7 @@ def command(monkeypatch, tmp_path):
         model.save(name)
 
     def command(*argv):
-        monkeypatch.setattr(training.STOP, "is_set", False)
+        monkeypatch.setattr(STOP, "is_set", False)
         monkeypatch.setattr(generate.signal, "signal", lambda *_: None)
         monkeypatch.setattr(sys, "argv", ["generate.py", *argv])
         generate.main()
@@ -107,7 +109,7 @@ def test_a_stopped_training_ends_with_the_same_weights(command, monkeypatch):
     take_step = generate.take_step
 
     def stop_at_three(*args):
-        training.STOP.is_set = args[5] == 2
+        STOP.is_set = args[5] == 2
         return take_step(*args)
 
     monkeypatch.setattr(generate, "take_step", stop_at_three)
@@ -124,9 +126,9 @@ def test_a_sum_of_prompts_is_one_row_and_what_cannot_be_drawn_is_refused(command
     command("train", *TINY, "--out", "g")
     draw = ["sample", "--generator", "g", "--count", "2", "--side", "32", "--sampling-steps", "2"]
     command(*draw, "--text", "a ruby ring", "a jade disc")
-    two = data.read_image("grid.png").shape
+    two = read_image("grid.png").shape
     command(*draw, "--text", "a ruby ring", "a jade disc", "--sum")
-    assert data.read_image("grid.png").shape == (two[0] - 38, two[1] + 38, 3)  # a row less, a prompt more beside it
+    assert read_image("grid.png").shape == (two[0] - 38, two[1] + 38, 3)  # a row less, a prompt more beside it
     refused = {"another image encoder": ["--checkpoint", "other.pt"], "no audio encoder": ["--audio", "x.wav"],
                "absent.png": ["--image", "absent.png"], "FileNotFound": ["--generator", "absent"],
                "end in .png": ["--out", "grid"]}

@@ -40,7 +40,7 @@ def test_blocks_have_the_value_and_gradients_of_the_whole_matrix(monkeypatch, fr
     whole, blocked = InfoNCE().double(), InfoNCE().double()
     expected = info_nce(q, k, whole.logit_scale)
     gradients = torch.autograd.grad(expected, (q, k, whole.log_logit_scale))
-    monkeypatch.setattr(loss_file, "BLOCK", 30)  # four blocks of three rows, the last of one
+    monkeypatch.setattr(loss_file, "LOGITS_AT_ONCE", 30)  # four blocks of three rows, the last of one
     loss, _ = blocked(q.detach() if frozen else q, k)
     (3 * loss).backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
@@ -70,7 +70,7 @@ def test_the_temperature_is_learned_or_fixed():
 
 def share(rank, sizes, port, results):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(sizes))
-    loss_file.BLOCK = 30
+    loss_file.LOGITS_AT_ONCE = 30
     q, k = (z.detach().split(sizes)[rank].clone().requires_grad_() for z in pairs())
     criterion = InfoNCE().double()
     loss, _ = criterion(q, k)

@@ -10,8 +10,9 @@ from test_readers import write
 
 import data
 import evaluate
-from evaluate import UsageError
 from model import ImageBind, preset
+from runtime.cli import UsageError
+from sources.toy import ToyWorld
 
 
 def coarse(*shape, seed):
@@ -21,7 +22,7 @@ def coarse(*shape, seed):
 
 @pytest.fixture(params=[2**24, 50])
 def block(request, monkeypatch):
-    monkeypatch.setattr(evaluate, "BLOCK", request.param)
+    monkeypatch.setattr(evaluate, "SCORES_AT_ONCE", request.param)
 
 
 def test_ranks_equal_a_sorted_list_with_ties_against_the_query(block):
@@ -72,6 +73,12 @@ def test_average_precision_equals_its_definition(block):
     expected = [area_under_steps(s, t) for s, t in zip((z @ classes.T).T.tolist()[:6], truth.T.tolist())]
     found = evaluate.mean_average_precision(z, truth, classes)
     assert found[6].isnan() and torch.allclose(found[:6], torch.tensor(expected).double(), atol=1e-6, rtol=0)
+
+
+def test_average_precision_of_the_five_items_of_its_docstring():
+    scores, truth = torch.tensor([0.9, 0.7, 0.7, 0.5, 0.2]), torch.tensor([True, False, True, False, True])
+    found = evaluate.mean_average_precision(scores[:, None], truth[:, None], torch.ones(1, 1))
+    assert found.item() == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
 
 
 def test_average_precision_equals_scikit_learn():
@@ -174,8 +181,8 @@ def test_arithmetic_finds_what_it_adds(call, tmp_path):
     assert len(found) == 3 and found[0]["item"] == "car.wav" and found[0]["similarity"] == pytest.approx(1, abs=1e-5)
 
 
-def test_the_parts_of_a_picture_are_searched_one_by_one():
-    world, z = data.ToyWorld("test", 4, crowded=1.0), torch.eye(4)
+def test_the_parts_of_a_picture_are_searched_one_by_one(monkeypatch):
+    world, z = ToyWorld("test", 4, crowded=1.0), torch.eye(4)
 
     class Ink:  # embeds a picture as the quarter of it that is the brightest
         def encoder(self, modality):
@@ -186,26 +193,13 @@ def test_the_parts_of_a_picture_are_searched_one_by_one():
             return z[quarters.argmax(dim=1)]
 
     halves = [data.View(0.5, 1.0, side, 0.0, False) for side in (0.0, 1.0)]
-    found, indices, bad = evaluate.embed_items(Ink(), world, "image", parts=halves)
+    monkeypatch.setattr(evaluate, "PARTS", halves)
+    found, indices, _, bad = evaluate.embed_picture_parts(Ink(), world)
     for i, parts in zip(indices.tolist(), found):
         x = torch.from_numpy(world.read(i, "image")).float().mean(dim=2)
         for half, part in zip(x.chunk(2, dim=1), parts):
             assert part.argmax() == F.adaptive_avg_pool2d(half[None, 10:30], 2).flatten().argmax()  # its middle square
     assert found.shape == (4, 2, 4) and not bad
-
-
-def test_suite_goes_on_where_it_stopped(call, tmp_path, monkeypatch):
-    small_esc50(tmp_path / "sets/ESC-50")
-    options = ("suite", "--root", "sets", "--markdown", "table.md")
-    first = call(*options)
-    monkeypatch.setattr(evaluate, "embed_items", lambda *args: pytest.fail("measured again"))
-    assert call(*options) == first
-    rows = {row["column"]: row for row in first["table"]}
-    assert rows["ESC"]["items"] == 8 and rows["ESC"]["published"] == 66.9 and rows["AS-A mAP"]["note"] == "absent"
-    assert len(first["table"]) == 15 and "| ESC | " in (tmp_path / "table.md").read_text()
-    save_model(seed=1)  # other weights
-    with pytest.raises(pytest.fail.Exception):
-        call(*options)
 
 
 @pytest.mark.parametrize("options,message", [
@@ -218,7 +212,7 @@ def test_suite_goes_on_where_it_stopped(call, tmp_path, monkeypatch):
     ("fewshot --modality audio --data esc50:. --shots 3", "'dog' has 2 items"),
     ("retrieval --query text --gallery audio --data esc50:.", "no text"),
     ("arithmetic --add sound=a.wav --data esc50:. --gallery audio", "not 'sound'"),
-    ("suite --root nowhere", "no such folder")])
+    ("suite --root nowhere", "benchmarks/paper.py")])
 def test_wrong_use_is_one_line(call, tmp_path, options, message):
     small_esc50(tmp_path)
     write(tmp_path, {"one.txt": "a sound\n"})

@@ -9,6 +9,7 @@ import torch
 
 import clip_weights
 import data
+from files.decode import Video
 from model import preset
 
 PARITY = Path(__file__).parent / "parity"
@@ -43,7 +44,7 @@ def test_token_lists_are_the_original_s():
         assert tokenizer.encode(row["text"]).tolist() == row["tokens"] + [0] * (77 - len(row["tokens"])), row["text"]
 
 
-class Counting(data.Video):
+class Counting(Video):
     """A video whose pixels say where they are: red the column, green the row, blue the frame."""
 
     def __init__(self, fps, count, height, width):

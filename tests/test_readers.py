@@ -1,7 +1,6 @@
 """Each data set is read from its official layout, with what is odd about real copies of it."""
 
 import json
-import struct
 import subprocess
 import sys
 import wave
@@ -12,7 +11,10 @@ import pytest
 from PIL import Image
 
 import data
-from data import DataError, open_data
+from files.decode import DataError
+from model import preset
+from runtime import look
+from sources import DATASETS, open_data
 
 ID = ["--abcdefghi", "Yabcdefghij", "_kl-mnopqrs", "tuvwxyz0123"]  # YouTube ids, one of which opens with a Y
 
@@ -79,12 +81,12 @@ def test_captions_keep_their_quotes_and_share_their_sound(tmp_path):
                            "evaluation/A #1 (x).WAV": 1, "evaluation/B.wav": 1})
     source = open_data(f"clotho:{tmp_path / 'c'}", "test")
     assert source.read(0, "text") == 'A man, a dog, "woof"' and len(source) == 10
-    assert [source.item(i) for i in range(10)] == [0] * 5 + [5] * 5
+    assert [source.first_row_of_item(i) for i in range(10)] == [0] * 5 + [5] * 5
     write(tmp_path / "a", {"test.csv": "audiocap_id,youtube_id,start_time,caption\n"
                                        f'1,{ID[0]},3,"x, y"\n2,{ID[0]},3,z\n7,{ID[1]},0,w\n',
                            f"{ID[0]}.wav": 20, "7.wav": 10})
     source = open_data(f"audiocaps:{tmp_path / 'a'}", "test")
-    assert [source.item(i) for i in range(3)] == [0, 0, 2] and source.read(0, "text") == "x, y"
+    assert [source.first_row_of_item(i) for i in range(3)] == [0, 0, 2] and source.read(0, "text") == "x, y"
     whole, clip = source.read(0, "audio"), source.read(2, "audio")  # one file is a whole recording, the other the clip
     assert whole.shape == clip.shape == (1, 160000)
     assert abs(float(whole[0, 80000]) * 32768 - 8000) < 20 and abs(float(clip[0, 80000]) * 32768 - 5000) < 20
@@ -115,20 +117,13 @@ def test_sunrgbd_turns_bits_and_knows_its_sensors(tmp_path):
 
 
 def test_nyud_has_others_and_the_official_split_is_read(tmp_path):
-    def element(kind, content):
-        return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
-
-    def cell(name, strings):  # as MATLAB writes a cell array of strings
-        inside = [element(14, element(6, struct.pack("<II", 4, 0)) + element(5, struct.pack("<II", 1, len(s))) + element(1, b"")
-                          + element(4, s.encode("utf-16-le"))) for s in strings]
-        head = element(6, struct.pack("<II", 1, 0)) + element(5, struct.pack("<II", 1, len(strings))) + element(1, name.encode())
-        packed = zlib.compress(element(14, head + b"".join(inside)))
-        return struct.pack("<II", 15, len(packed)) + packed
-
+    savemat = pytest.importorskip("scipy.io").savemat
     place = "/n/fs/sun3d/data/SUNRGBD/"
-    content = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<HH", 0x100, 0x4D49)
-    content += cell("alltrain", [place + "kv2/a/b-resize"]) + cell("alltest", [place + f"kv1/NYUdata/NYU000{n}/" for n in (1, 2)])
-    write(sun(tmp_path), {"SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat": content})
+    folder = sun(tmp_path) / "SUNRGBDtoolbox" / "traintestSUNRGBD"
+    folder.mkdir(parents=True)
+    test = [place + f"kv1/NYUdata/NYU000{n}/" for n in (1, 2)]
+    cells = {"alltrain": np.array([place + "kv2/a/b-resize"], object), "alltest": np.array(test, object)}
+    savemat(folder / "allsplit.mat", cells, do_compression=True)
     source = open_data(f"nyud:{tmp_path}", "test")
     assert [source.row(i)["label"] for i in range(len(source))] == ["home_office", "others"] and len(source.classes) == 10
     assert len(source.classes[-1].split("|")) == 18 and "playroom" in source.classes[-1].split("|")
@@ -167,7 +162,7 @@ def test_ego4d_windows_are_found_by_time(tmp_path):
     imu = source.read(1, "imu")  # accelerometer, then gyroscope
     assert imu.shape == (6, 1000) and np.isclose(imu[0, 0], 5.002) and np.isclose(imu[3, -1], 9997)
     assert source.read(0, "imu")[0, 0] > 0 and source.read(1, "text") == '#C C cuts, "x"'
-    assert data.transform("imu", imu, data.preset("huge", "imu")).shape == (6, 2000)
+    assert data.transform("imu", imu, preset("huge", "imu")).shape == (6, 2000)
     with pytest.raises(DataError, match="empty"):
         source.read(0, "text")
 
@@ -195,7 +190,7 @@ def test_pictures_and_videos_by_lists_and_folders(tmp_path):
 
 
 def test_a_wrong_or_empty_folder_is_said_in_one_line(tmp_path):
-    for name in data.DATASETS:
+    for name in DATASETS:
         for root in (tmp_path, tmp_path / "nowhere"):
             with pytest.raises(DataError, match=f"^{name}:.*(no |neither)[^\n]*$"):
                 open_data(f"{name}:{root}", "test")
@@ -210,7 +205,7 @@ def test_a_wrong_or_empty_folder_is_said_in_one_line(tmp_path):
 
 
 def test_data_py_shows_what_lies_in_a_folder(tmp_path, capsys):
-    data.show_data(f"audioset:{audioset(tmp_path)}")
+    look.show_source(f"audioset:{audioset(tmp_path)}")
     shown = capsys.readouterr().out
     assert "test: 3 items in 3 rows, 1 absent; audio, video; 3 classes: Male speech, man speaking; Dog; Cat" in shown
     assert "its audio: (3, 1, 128, 204)" in shown and "its video cannot be read" in shown

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import report  # noqa: E402
 
-import data  # noqa: E402
 import evaluate  # noqa: E402
 from model import MODALITIES, ImageBind, preset  # noqa: E402
+from sources import open_data  # noqa: E402
+from sources.toy import ToyWorld  # noqa: E402
 
 TAGS = ("html head meta title style body main header section footer h1 h2 h3 p small strong b i q span div ul li code table tr "
         "th td figure figcaption img audio svg polyline details summary")
@@ -78,7 +79,7 @@ def make(tmp_path, monkeypatch):
         options = ("model.pt", "--data", f"{name}.csv", "--workers", "0")
         monkeypatch.setattr(sys, "argv", ["report.py", *options])
         report.main()
-        return (tmp_path / "report.html").read_text(encoding="utf-8"), data.open_data(f"{name}.csv")
+        return (tmp_path / "report.html").read_text(encoding="utf-8"), open_data(f"{name}.csv")
     return make
 
 
@@ -99,7 +100,7 @@ def test_text_of_the_data_stays_text_and_the_page_asks_for_nothing(make):
 def test_galleries_show_the_nearest_and_mark_them_truly_and_the_matrix_is_evaluates(make, labels):
     page, source = make(labels, [f"text {i}" for i in range(12)])
     page, model = Page(page), small_model()
-    recall, _, _ = evaluate.emergence(model, source, ["image", "text", "audio"])
+    recall, _, _ = evaluate.measure_pairs(model, source, ["image", "text", "audio"])
     cells = [f"{100 * value:.1f}" for value in recall.values()]
     assert [text for _, text in page.cells if text] == cells
     kinds = [kind.split()[0] for kind, text in page.cells if text]
@@ -119,23 +120,25 @@ def test_galleries_show_the_nearest_and_mark_them_truly_and_the_matrix_is_evalua
 def test_what_no_pair_joins_is_said_to_be_unbound(monkeypatch):
     monkeypatch.setattr(report, "arithmetic", lambda *args: "")
     torch.manual_seed(0)
-    model, source = ImageBind([preset("tiny", m) for m in ("image", "audio", "depth", "imu")]), data.ToyWorld("test", 64)
+    model, source = ImageBind([preset("tiny", m) for m in ("image", "audio", "depth", "imu")]), ToyWorld("test", 64)
     model.pairs = {"image-audio": 10.0, "depth-imu": 10.0}
-    args = report.argparse.Namespace(batch_size=64, workers=0, limit=8)
+    args = report.argparse.Namespace(batch_size=64, workers=0, limit=8, data="toy")
     page = Page(report.page("m", model, source, args, ([], {}, 0)))
     assert [text for _, text in page.cells].count("unbound") == 8
     assert {place for place, _ in page.rows if place} == {"imageaudio", "audioimage", "depthimu", "imudepth"}
 
 
 def test_sums_of_the_toy_world_are_marked_by_what_the_scenes_show(monkeypatch):
-    def embed_items(model, world, modality, *_, parts):  # a scene is the sum of what it shows; the second sense hears poorly
+    def embed_items(model, world, modality, *_):  # a scene is the sum of what it shows; the second sense hears poorly
         shown = [world.concepts(i) for i in range(len(world))]
         z = sum(F.one_hot(torch.tensor([c[side % len(c)] for c in shown]), 64).float() for side in range(2))
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)) * (0.3 if modality == "audio" else 0.0)
-        return F.normalize(z + noise, dim=-1), torch.arange(len(world)), []
+        indices = torch.arange(len(world))
+        return evaluate.Embedded(F.normalize(z + noise, dim=-1), indices, evaluate.item_labels(world, indices), [])
 
     monkeypatch.setattr(evaluate, "embed_items", embed_items)
-    source, args = data.ToyWorld("test", 64), report.argparse.Namespace(batch_size=8, workers=0)
+    monkeypatch.setattr(evaluate, "embed_picture_parts", lambda model, world, *_: embed_items(model, world, "image"))
+    source, args = ToyWorld("test", 64), report.argparse.Namespace(batch_size=8, workers=0, data="toy")
     page = Page(report.arithmetic(small_model(), source, {"image": None, "audio": None}, args))
     assert len(page.rows) == report.QUERIES
     marks = []

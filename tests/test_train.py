@@ -12,14 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_data import write_shards
 
-import data
-import evaluate
-import train
-from evaluate import RunError, UsageError
-from loss import InfoNCE
-from model import ImageBind
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import plan  # noqa: E402
+
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from loss import InfoNCE  # noqa: E402
+from model import ImageBind  # noqa: E402
+from runtime import cache  # noqa: E402
+from runtime.cli import RunError, UsageError  # noqa: E402
+from sources import open_data  # noqa: E402
+from sources.base import Source  # noqa: E402
+from sources.toy import ToyWorld  # noqa: E402
 
 TRAIN = str(Path(train.__file__))
 
@@ -33,8 +42,8 @@ def losses(folder):
 
 
 def test_sound_and_text_agree_though_only_images_were_heard(run, monkeypatch, tmp_path):
-    read, seen = data.ToyWorld.read, set()
-    monkeypatch.setattr(data.ToyWorld, "read", lambda self, i, m: seen.add((self.split, m)) or read(self, i, m))
+    read, seen = ToyWorld.read, set()
+    monkeypatch.setattr(ToyWorld, "read", lambda self, i, m: seen.add((self.split, m)) or read(self, i, m))
     folder = run("--pair", "image-audio", "--samples", 6000, "--workers", 0, out=tmp_path / "bound")
     figures = events(folder)[-1]
     assert figures["event"] == "eval" and figures["pair"] == "image-audio" and figures["seconds"] > 0
@@ -47,7 +56,7 @@ def test_sound_and_text_agree_though_only_images_were_heard(run, monkeypatch, tm
             assert torch.equal(a, b)
 
     # the same training on pairs that do not belong together teaches nothing
-    monkeypatch.setattr(data.ToyWorld, "read", lambda self, i, m: read(self, i + (m == "audio" and self.split == "train"), m))
+    monkeypatch.setattr(ToyWorld, "read", lambda self, i, m: read(self, i + (m == "audio" and self.split == "train"), m))
     shuffled = events(run("--pair", "image-audio", "--samples", 6000, "--workers", 0, out=tmp_path / "shuffled"))[-1]
     assert shuffled["zeroshot_top1"]["audio"] < 0.06 and shuffled["chance"] == 1 / 64
 
@@ -58,7 +67,7 @@ def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, so
     options = ["--pair", "image-imu", "--steps", 8, "--amp", amp, "--workers", workers]
     if source == "shards":
         imu = io.BytesIO()
-        np.save(imu, data.ToyWorld().read(0, "imu"))
+        np.save(imu, ToyWorld().read(0, "imu"))
         spec = write_shards(tmp_path, [20, 30], **{"imu.npy": imu.getvalue()})
         options += ["--data", spec, "--batch-size", 16, "--init", train.TOY_ANCHOR, "--preset", "tiny"]
     whole = run(*options, out=tmp_path / "whole")
@@ -83,15 +92,15 @@ def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, so
 
 def test_a_cached_anchor_gives_the_same_losses_and_is_embedded_once_though_killed(run, monkeypatch, tmp_path):
     options = ["--pair", "image-depth", "--samples", 150, "--steps", 6, "--batch-size", 32, "--cache-anchor", 3, "--workers", 0]
-    monkeypatch.setattr(data, "BLOCK", 40)
+    monkeypatch.setattr(Source, "part_size", 40)
     monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: None)
-    read, save, seen = data.ToyWorld.read, train.save_atomic, []
-    monkeypatch.setattr(data.ToyWorld, "read", lambda self, i, m: seen.append((self.split, m)) or read(self, i, m))
+    read, save, seen = ToyWorld.read, cache.save_atomic, []
+    monkeypatch.setattr(ToyWorld, "read", lambda self, i, m: seen.append((self.split, m)) or read(self, i, m))
 
-    monkeypatch.setattr(train, "save_atomic", lambda obj, path: save(obj, path) or (path.name == "000001.pt" and 1 / 0))
+    monkeypatch.setattr(cache, "save_atomic", lambda obj, path: save(obj, path) or (path.name == "000001.pt" and 1 / 0))
     with pytest.raises(ZeroDivisionError):
         run(*options, out=tmp_path / "killed")
-    monkeypatch.setattr(train, "save_atomic", save)
+    monkeypatch.setattr(cache, "save_atomic", save)
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "killed")])
     train.main()
     assert seen.count(("train", "image")) == 3 * 150  # every view of every item, and none twice
@@ -100,13 +109,13 @@ def test_a_cached_anchor_gives_the_same_losses_and_is_embedded_once_though_kille
     run(*options, out=tmp_path / "again")
     assert ("train", "image") not in seen and losses(tmp_path / "again") == losses(tmp_path / "killed")
 
-    anchor, world, config = ImageBind.load("runs/toy-anchor/model.pt"), data.ToyWorld(), train.preset("tiny", "image")
+    anchor, world, config = ImageBind.load("runs/toy-anchor/model.pt"), ToyWorld(), train.preset("tiny", "image")
 
     def look_up(self, index, number):
-        view = data.transform("image", world.read(index, "image"), config, *data.fixed_view(world, index, number))
+        view = data.transform("image", world.read(index, "image"), config, *data.cached_view(world, index, number))
         return anchor.embed("image", view[None])[0]
 
-    monkeypatch.setattr(data.Cache, "look_up", look_up)
+    monkeypatch.setattr(cache.Cache, "look_up", look_up)
     run(*options, out=tmp_path / "live")
     assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "again"), abs=1e-4)
 
@@ -116,10 +125,10 @@ def test_a_cache_is_of_these_files_and_these_weights_alone(tmp_path):
     for change in (lambda: None, lambda: os.utime(tmp_path / "2.png", (1, 1)), (tmp_path / "3.png").unlink,
                    lambda: path.write_text(path.read_text().replace("a ", "one "))):
         change()
-        marks.add(data.fingerprint(data.open_data(str(path)), "image"))
+        marks.add(open_data(str(path)).fingerprint("image"))
     assert len(marks) == 4
-    worlds = [data.ToyWorld(size=9), data.ToyWorld(size=8), data.ToyWorld(size=9, seed=1), data.ToyWorld("test", size=9)]
-    assert len({data.fingerprint(world, "image") for world in worlds}) == 4
+    worlds = [ToyWorld(size=9), ToyWorld(size=8), ToyWorld(size=9, seed=1), ToyWorld("test", size=9)]
+    assert len({world.fingerprint("image") for world in worlds}) == 4
 
 
 def test_two_processes_in_micro_batches_have_the_losses_of_one(workplace, tmp_path):
@@ -155,17 +164,17 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(amp, noise):
     assert whole.norm() > 1 and torch.allclose(micro, whole, atol=1e-5)
 
 
-def test_a_dry_run_adds_up_what_its_probe_measures_and_writes_nothing(monkeypatch, capsys, tmp_path):
+def test_a_plan_adds_up_what_its_probe_measures_and_writes_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "probe", lambda config, learns, *_: (0.001, 0.002 * learns, 1e6 * learns))
+    monkeypatch.setattr(plan, "probe", lambda config, learns, *_: (0.001, 0.002 * learns, 1e6 * learns))
 
-    def plan(*options):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", "--pair", "image-audio", "--preset", "huge", *options])
-        train.main()
+    def printed(*options):
+        monkeypatch.setattr(sys, "argv", ["plan.py", "--pair", "image-audio", "--preset", "huge", *options])
+        plan.main()
         return capsys.readouterr().out
 
     epoch = 2_000_000 * 1.25 // 2048 * 2048 / 3600  # of AudioSet, in ms/pair to hours
-    whole, split = plan(), plan("--world-size", "8", "--micro-batch", "64")
+    whole, split = printed(), printed("--world-size", "8", "--micro-batch", "64")
     assert f"epoch: 1220 steps of 2048 pairs, processes: 1, {epoch * 0.004:.3g} h" in whole
     assert f"1220 steps of 2048 pairs, processes: 8, {epoch * 0.005 / 8:.3g} h" in split  # embeds the learning one twice
     assert "activations of 2048 pairs" in whole and "activations of 64 pairs" in split
@@ -175,10 +184,10 @@ def test_a_dry_run_adds_up_what_its_probe_measures_and_writes_nothing(monkeypatc
 
 def test_the_probe_counts_what_is_kept_for_the_backward_pass():
     config = train.preset("tiny", "imu")
-    _, _, kept = train.probe(config, True, None, 0.0, torch.device("cpu"), 3)
+    _, _, kept = plan.probe(config, True, None, 0.0, torch.device("cpu"), 3)
     per_block = 18 * config.tokens * config.width * 4  # norms, q, k, v with the extra one, scores' sums, MLP; float32
     assert kept == pytest.approx(config.depth * per_block, rel=0.3)
-    assert train.probe(config, False, None, 0.0, torch.device("cpu"), 3)[2] == 0
+    assert plan.probe(config, False, None, 0.0, torch.device("cpu"), 3)[2] == 0
 
 
 def test_fp16_passes_over_a_step_that_overflows(run, monkeypatch, tmp_path):
@@ -210,8 +219,9 @@ def test_new_encoders_take_the_width_of_the_clip_they_bind_to(tmp_path):
     args = train.parse_args(["--pair", "image-imu", "--clip", file, "--heads", "image=2,text=4"])
     model, ready = train.initial_model(args, [("image", "imu")], train.Run(tmp_path))
     assert ready == {"image", "text"} and model.encoder("imu").config.embed_dim == 32
-    learning = train.freeze_anchor(model, ("image", "imu"), ready, args)
-    assert learning == [model.encoder("imu")] and not any(p.requires_grad for p in model.encoder("image").parameters())
+    role = train.roles(("image", "imu"), ready)
+    learning = train.free_learners(model, role.learners)
+    assert role.frozen == "image" and learning == [model.encoder("imu")] and not any(p.requires_grad for p in model.encoder("image").parameters())
 
 
 def test_weight_decay_is_for_matrices_only():
@@ -248,14 +258,14 @@ def test_steps_shorten_the_warm_up_with_the_schedule():
     (["--pair", "image-audio", "--data", "m.csv"], "no column audio"),
     (["--pair", "image-text", "--data", "m.csv"], "text is empty"),
     (["--pair", "image-thermal", "--data", "m.csv"], "none of the first 1 image files exists"),
-    (["--pair", "image-audio", "--batch-size", "0"], "--batch-size 0: must be above 0"),
+    (["--pair", "image-audio", "--batch-size", "0"], "--batch-size: 0: must be a whole number above 0"),
     (["--pair", "image-audio,audio-image"], "names a pair twice"),
-    (["--pair", "image-audio", "--temperature", "0"], "--temperature 0.0: must be above 0"),
-    (["--pair", "image-audio", "--temperature", "-1"], "--temperature -1.0: must be above 0"),
-    (["--pair", "image-audio", "--temperature", "hot"], "--temperature hot"),
-    (["--pair", "image-audio", "--drop-path", "1"], "--drop-path 1.0: a share"),
-    (["--pair", "image-audio", "--warmup", "-1"], "--warmup -1.0: must not be below 0"),
-    (["--pair", "image-audio", "--workers", "-1"], "--workers -1"),
+    (["--pair", "image-audio", "--temperature", "0"], "--temperature: 0: must be a number at least 0.01"),
+    (["--pair", "image-audio", "--temperature", "-1"], "--temperature: -1: must be"),
+    (["--pair", "image-audio", "--temperature", "hot"], "--temperature: hot: must be a number"),
+    (["--pair", "image-audio", "--drop-path", "1"], "--drop-path: 1: must be a number at least 0 and below 1"),
+    (["--pair", "image-audio", "--warmup", "-1"], "--warmup: -1: must be a number at least 0"),
+    (["--pair", "image-audio", "--workers", "-1"], "--workers: -1: must be a whole number at least 0"),
     (["--pair", "image-audio", "--replicate", "1e-9"], "--replicate 1e-09"),
     (["--pair", "image-audio", "--eval-data", "m.csv"], "m.csv, for evaluation, has no audio"),
     (["--resume", "runs/toy-anchor", "--batch-size", "32"], "leave out --batch-size"),
@@ -287,10 +297,10 @@ def test_a_toy_anchor_of_other_code_is_trained_again(workplace, monkeypatch, tmp
     args, run = train.parse_args(["--pair", "image-audio"]), train.Run("unused")
     train.toy_anchor(args, run)
     assert not trained
-    monkeypatch.setattr(train, "source_code", lambda *names: "changed")
+    monkeypatch.setattr(train, "training_code_digest", lambda: "changed")
     with pytest.raises(ValueError, match="model.pt: no such file"):
         train.toy_anchor(args, run)
-    assert trained == [None] and "was made by another model.py" in capsys.readouterr().out
+    assert trained == [None] and "was made by other code" in capsys.readouterr().out
 
 
 def test_a_run_is_never_written_over(run, workplace):
@@ -300,11 +310,11 @@ def test_a_run_is_never_written_over(run, workplace):
 
 def manifest(folder, rows, broken):
     """A manifest of pictures and texts whose rows in `broken` name a file that is no picture."""
-    world = data.ToyWorld(size=rows)
+    world = ToyWorld(size=rows)
     lines = ["image,text"]
     for i in range(rows):
         path = folder / f"{i}.png"
-        data.Image.fromarray(world.read(i, "image")).save(path) if i not in broken else path.write_bytes(b"broken")
+        Image.fromarray(world.read(i, "image")).save(path) if i not in broken else path.write_bytes(b"broken")
         lines.append(f"{path.name},\"{world.read(i, 'text')}\"")
     (folder / "m.csv").write_text("\n".join(lines) + "\n")
     return folder / "m.csv"

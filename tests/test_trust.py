@@ -10,11 +10,13 @@ import pickle
 import shutil
 import sys
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchaudio
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -23,11 +25,15 @@ import damage  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
-import model as model_file  # noqa: E402
 import train  # noqa: E402
 from clip_weights import load_pretrained  # noqa: E402
-from evaluate import RunError, UsageError  # noqa: E402
-from model import EncoderConfig, ImageBind, preset  # noqa: E402
+from files import checkpoints, decode  # noqa: E402
+from model import MODALITIES, EncoderConfig, ImageBind, preset  # noqa: E402
+from runtime import results  # noqa: E402
+from runtime.cli import RunError, UsageError  # noqa: E402
+from sources import open_data  # noqa: E402
+from sources.manifest import Table  # noqa: E402
+from sources.toy import ToyWorld  # noqa: E402
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -92,9 +98,9 @@ def test_an_odd_sample_rate_keeps_the_pitch(tmp_path):
 def test_blocks_do_not_show_in_a_resampled_sound():
     wave = torch.randn(2, 50_001, generator=torch.Generator().manual_seed(0))
     for rate in (8000, 11025, 44100, 48000):
-        ratio = data.Fraction(rate, data.SAMPLE_RATE)
-        whole = data.torchaudio.functional.resample(wave, rate, data.SAMPLE_RATE)
-        assert torch.equal(data.resample(wave, ratio), whole) and torch.equal(data.resample(wave, ratio, block=7000), whole)
+        ratio = Fraction(rate, decode.SAMPLE_RATE)
+        whole = torchaudio.functional.resample(wave, rate, decode.SAMPLE_RATE)
+        assert torch.equal(decode.resample(wave, ratio), whole) and torch.equal(decode.resample(wave, ratio, block=7000), whole)
 
 
 def test_of_a_long_compressed_recording_the_clip_alone_is_decoded(tmp_path, monkeypatch):
@@ -103,10 +109,10 @@ def test_of_a_long_compressed_recording_the_clip_alone_is_decoded(tmp_path, monk
         pytest.skip("no FFmpeg")
     (tmp_path / "a.flac").write_bytes(damage.sound(".flac", "aevalsrc=sin(300*t*t):d=10:s=16000"))
     (tmp_path / "m.csv").write_text("audio,start,seconds\na.flac,4,2\na.flac,0,10\na.flac,30,2\n")
-    source, whole = data.open_data(str(tmp_path / "m.csv")), data.read_audio(tmp_path / "a.flac")
+    source, whole = open_data(str(tmp_path / "m.csv")), decode.read_audio(tmp_path / "a.flac")
     assert whole.shape == (1, 160_000) and torch.equal(source.read(0, "audio"), whole[:, 64_000:96_000])
     assert torch.equal(source.read(1, "audio"), whole) and torch.equal(source.read(2, "audio"), whole)  # clips already
-    monkeypatch.setattr(data, "MAX_SAMPLES", 100_000)
+    monkeypatch.setattr(decode, "MAX_SAMPLES", 100_000)
     assert torch.equal(source.read(0, "audio"), whole[:, 64_000:96_000])
     with pytest.raises(data.DataError, match="a.flac: more than 100,000 samples"):
         source.read(1, "audio")
@@ -121,7 +127,7 @@ def test_of_a_long_compressed_recording_the_clip_alone_is_decoded(tmp_path, monk
 def test_a_damaged_manifest_loses_no_row_unseen(tmp_path, rows, reason):
     (tmp_path / "m.csv").write_bytes(rows)
     with pytest.raises(data.DataError, match=reason):
-        table = data.Table(tmp_path / "m.csv")
+        table = Table(tmp_path / "m.csv")
         table.read(0, table.columns[0])
 
 
@@ -210,11 +216,11 @@ def test_a_manifest_reads_below_its_folder_alone(tmp_path):
     cells = [f"{tmp_path}/a.png", "../a.png", "x/../../a.png", "link.png", "x/../link.png"]
     (folder / "m.csv").write_text("image\n" + "\n".join(cells) + "\n")
     (folder / "x").mkdir()
-    sample = data.Samples(data.open_data(str(folder / "m.csv")), {"image": preset("tiny", "image")})
+    sample = data.Samples(open_data(str(folder / "m.csv")), {"image": preset("tiny", "image")})
     found = [sample[i] for i in range(len(cells))]
     assert [isinstance(s, data.Bad) for s in found] == [True, True, True, False, False]
     assert all("--allow-outside" in s.reason for s in found[:3])
-    source = data.open_data(str(folder / "m.csv"), allow_outside=True)
+    source = open_data(str(folder / "m.csv"), allow_outside=True)
     assert all(source.read(i, "image").shape == (40, 40, 3) for i in range(len(cells)))
 
 
@@ -235,7 +241,7 @@ def test_two_runs_are_the_same_and_say_what_they_were_made_with(run, tmp_path):
 
 
 def test_a_run_does_not_go_on_with_other_data(run, monkeypatch, tmp_path):
-    world = data.ToyWorld(size=60)
+    world = ToyWorld(size=60)
     lines = ["image,text"]
     for i in range(60):
         Image.fromarray(world.read(i, "image")).save(tmp_path / f"{i}.png")
@@ -249,19 +255,25 @@ def test_a_run_does_not_go_on_with_other_data(run, monkeypatch, tmp_path):
         train.main()
 
 
+def printed(name, result, capsys):
+    """What evaluate.py prints of a command's result."""
+    results.show(name, result)
+    return capsys.readouterr().out
+
+
 def arguments(**options):
     return argparse.Namespace(**{"batch_size": 8, "workers": 0, "partial": True, "templates": None, "class_names": None,
                                  "data": "m.csv", "shots": [1], "draws": 1, "l2": 1e-3, "top": 1} | options)
 
 
 def test_every_result_says_what_was_left_out(tmp_path, capsys):
-    world, lines = data.ToyWorld("test", 9), ["image,text,label"]
+    world, lines = ToyWorld("test", 9), ["image,text,label"]
     for i in range(9):
         Image.fromarray(world.read(i, "image")).save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png,a thing,{'ab'[i % 2] if i < 8 else ''}")
     (tmp_path / "3.png").write_bytes(b"damaged")
     (tmp_path / "m.csv").write_text("\n".join(lines))
-    source, model = data.open_data(str(tmp_path / "m.csv")), tiny("image", "text", pairs=["image-text"])
+    source, model = open_data(str(tmp_path / "m.csv")), tiny("image", "text", pairs=["image-text"])
     for command, options in ((evaluate.zeroshot, {"modality": "image"}), (evaluate.fewshot, {"modality": "image"}),
                              (evaluate.retrieval, {"query": "text", "gallery": "image"}), (evaluate.matrix, {}),
                              (evaluate.arithmetic, {"add": ["text=a thing"], "gallery": "image", "by_parts": False})):
@@ -269,7 +281,7 @@ def test_every_result_says_what_was_left_out(tmp_path, capsys):
         assert (result["bad"], result["bad_items"], result["absent"]) == (1, ["m.csv:4"], 0), command.__name__
         assert command not in (evaluate.zeroshot, evaluate.fewshot) or result["unlabelled"] == 1
         said = "1 unreadable, 0 absent" + ", 1 unlabelled" * ("unlabelled" in result)
-        assert said in capsys.readouterr().out, command.__name__
+        assert said in printed(command.__name__, result, capsys), command.__name__
         if command is evaluate.retrieval:  # the text of the damaged picture has classmates; the one without a class is itself
             assert result["text->image"]["without_match"] == 0 and result["text->image"]["items"] == 8
 
@@ -281,25 +293,25 @@ def test_every_result_says_what_was_left_out(tmp_path, capsys):
     (evaluate.compare, {"text": ["a"], "depth": ["a.png"]})])
 def test_what_no_pair_joins_is_not_scored(command, options):
     model = tiny("image", "text", "depth", "imu", "thermal", pairs=["image-text", "depth-imu"])
-    options = dict.fromkeys(data.MODALITIES) | options
+    options = dict.fromkeys(MODALITIES) | options
     with pytest.raises(UsageError, match="(nothing joins .*depth|thermal was never trained).* scores would be noise"):
-        command(arguments(**options), model, data.ToyWorld("test", 64))
+        command(arguments(**options), model, ToyWorld("test", 64))
 
 
 def test_a_text_longer_than_a_file_name_is_compared(tmp_path, capsys):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    model, items = tiny("image", "text", pairs=["image-text"]), dict.fromkeys(data.MODALITIES)
+    model, items = tiny("image", "text", pairs=["image-text"]), dict.fromkeys(MODALITIES)
     items |= {"image": [str(tmp_path / "a.png")], "text": ["a dog " * 60, "a cat"]}
     result = evaluate.compare(argparse.Namespace(**items), model, None)
-    assert sum(result["softmax"]["image x text"][0]) == pytest.approx(1) and "a.png" in capsys.readouterr().out
+    assert sum(result["softmax"]["image x text"][0]) == pytest.approx(1) and "a.png" in printed("compare", result, capsys)
 
 
 def test_the_matrix_leaves_out_what_no_pair_joins():
     model = tiny("image", "text", "depth", "imu", pairs=["image-text", "depth-imu"])
-    recall, zeroshot, _ = evaluate.emergence(model, data.ToyWorld("test", 8), ["image", "text", "depth", "imu"])
+    recall, zeroshot, _ = evaluate.measure_pairs(model, ToyWorld("test", 8), ["image", "text", "depth", "imu"])
     assert set(recall) == {"image->text", "text->image", "depth->imu", "imu->depth"} and set(zeroshot) == {"image"}
     model.pairs["video-imu"] = 10.0  # the image encoder's: now one joins the other
-    assert evaluate.bound(model, "depth", "text") and not evaluate.bound(tiny("image"), "image")
+    assert evaluate.joined_by_training(model, "depth", "text") and not evaluate.joined_by_training(tiny("image"), "image")
 
 
 def test_an_encoder_bound_to_another_anchor_does_not_count_as_bound(tmp_path):
@@ -311,12 +323,12 @@ def test_an_encoder_bound_to_another_anchor_does_not_count_as_bound(tmp_path):
     args = train.parse_args(options)
     earlier.save(tmp_path / "m.pt")
     model, _ = train.initial_model(args, [("image", "imu")], train.Run(tmp_path))
-    assert evaluate.bound(model, "imu", "text")  # the same CLIP
+    assert evaluate.joined_by_training(model, "imu", "text")  # the same CLIP
     with torch.no_grad():
         earlier.encoder("image").proj.weight += 1
     earlier.save(tmp_path / "m.pt")
     model, _ = train.initial_model(args, [("image", "imu")], train.Run(tmp_path))
-    assert list(model.pairs) == ["image-text"] and not evaluate.bound(model, "imu", "text")
+    assert list(model.pairs) == ["image-text"] and not evaluate.joined_by_training(model, "imu", "text")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -332,7 +344,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_is_needed(tmp_path
         file.write(b"part of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(model_file.torch, "save", full)
+    monkeypatch.setattr(checkpoints.torch, "save", full)
     with pytest.raises(RunError, match=r"model.pt: it needs 1.\d MB .* are free.*--resume"):
         run.save(model, step=2)
     assert (tmp_path / "state.pt").read_bytes() == before and not list(tmp_path.glob("*.partial"))
@@ -340,11 +352,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_is_needed(tmp_path
 
 def test_spawned_workers_make_the_same_batches(tmp_path):
     (tmp_path / "m.csv").write_text("text\na ring\na disc\n")
-    table = data.Samples(data.open_data(str(tmp_path / "m.csv")), {"text": preset("tiny", "text")})
+    table = data.Samples(open_data(str(tmp_path / "m.csv")), {"text": preset("tiny", "text")})
     assert torch.equal(pickle.loads(pickle.dumps(table))[1]["text"], table[1]["text"])
-    samples = data.Samples(data.ToyWorld(), {m: preset("tiny", m) for m in ("image", "audio")})
-    keys = list(data.draws(range(12), 4, epochs=1))
-    spawn = {"num_workers": 1, "multiprocessing_context": "spawn", "worker_init_fn": train.ignore_signals}
+    samples = data.Samples(ToyWorld(), {m: preset("tiny", m) for m in ("image", "audio")})
+    keys = list(data.batch_keys(ToyWorld(size=12), 4, epochs=1))
+    spawn = {"num_workers": 1, "multiprocessing_context": "spawn", "worker_init_fn": data.ignore_signals}
     own, spawned = (list(torch.utils.data.DataLoader(samples, batch_sampler=keys, collate_fn=data.collate, **options))
                     for options in ({}, spawn))
     assert all(torch.equal(a[m], b[m]) for (a, _), (b, _) in zip(own, spawned) for m in ("image", "audio")) and len(spawned) == 3

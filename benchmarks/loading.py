@@ -1,12 +1,13 @@
-"""Measures what data.py and train.py promise of large data sets; prints a table row each. Files are made up, weights random.
+"""What large data sets cost; prints a line for each row. Files are made up, weights random.
 
-    python benchmarks/data.py manifest     # 2,000,000 rows: time to the first batch, memory of the process and its workers
-    python benchmarks/data.py shards       # 5,000 small pairs, tar shards against loose files, runs in turn
-    python benchmarks/data.py cache        # epoch 2 with --cache-anchor against without: ViT-B/16 and a ViT-S of sound
-    python benchmarks/data.py processes    # losses of 1, 2, 4 gloo processes, and bytes that a step sends
-    python benchmarks/data.py views        # toy world: accuracy by the number of cached views
+    python benchmarks/loading.py manifest     # 2,000,000 rows: time to the first batch, memory of the processes
+    python benchmarks/loading.py shards       # 5,000 small pairs: tar shards against loose files, and resuming
+    python benchmarks/loading.py cache        # epoch 2 with and without --cache-anchor: ViT-B/16 and a ViT-S of sound
+    python benchmarks/loading.py processes    # losses of 1, 2 and 4 gloo processes, and the bytes that a step sends
+    python benchmarks/loading.py views        # toy world: accuracy by the number of cached views
 """
 
+import itertools
 import json
 import os
 import resource
@@ -26,17 +27,18 @@ import torch.distributed as dist
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.remove(str(Path(__file__).resolve().parent))  # or this file would be `data`
 
 import data  # noqa: E402
 import train  # noqa: E402
 from model import ImageBind, preset  # noqa: E402
+from sources import open_data  # noqa: E402
+from sources.toy import ToyWorld  # noqa: E402
 
 TINY = {m: preset("tiny", m) for m in ("image", "text", "audio")}
 
 
 def loader(source, configs, workers=0, batch_size=64, **options):
-    keys = data.draws(source, batch_size, 1)
+    keys = data.batch_keys(source, batch_size, 1)
     return torch.utils.data.DataLoader(data.Samples(source, configs), batch_sampler=keys, num_workers=workers,
                                        collate_fn=data.collate, **options)
 
@@ -49,14 +51,14 @@ def private_memory(pid):
 
 def manifest(folder, rows=2_000_000):
     path = folder / "m.csv"
-    Image.fromarray(data.ToyWorld().read(0, "image")).save(folder / "picture.png")
+    Image.fromarray(ToyWorld().read(0, "image")).save(folder / "picture.png")
     with open(path, "w") as file:
         file.write("image,text,label\n")
         file.writelines(f"picture.png,\"a caption, number {i} of very many\",class {i % 1000}\n" for i in range(rows))
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     for method in ("fork", "spawn"):
         start = time.monotonic()
-        source = data.open_data(str(path))
+        source = open_data(str(path))
         opened = time.monotonic() - start
         batches = iter(loader(source, {m: TINY[m] for m in ("image", "text")}, workers=2, multiprocessing_context=method))
         next(batches)
@@ -70,7 +72,7 @@ def manifest(folder, rows=2_000_000):
         del batches
     start = time.monotonic()
     print(f"its {len(source.classes)} classes found in {time.monotonic() - start:.1f} s")
-    print(f"its fingerprint (a look at every file) in {timed(lambda: data.fingerprint(source, 'image')):.1f} s")
+    print(f"its fingerprint (a look at every file) in {timed(lambda: source.fingerprint('image')):.1f} s")
 
 
 def timed(call):
@@ -100,16 +102,25 @@ def shards(folder, count=5000, per_shard=500, repeats=3):
             for i in range(shard * per_shard, (shard + 1) * per_shard):
                 for ending in ("jpg", "wav"):
                     tar.add(folder / f"{i:06d}.{ending}", f"{i:06d}.{ending}")
-    sources = {"loose": data.open_data(str(loose)), "shards": data.open_data(f"{folder}/s-*.tar")}
-    configs, took = {m: TINY[m] for m in ("image", "audio")}, {}
+    sources = {"loose": open_data(str(loose)), "shards": open_data(f"{folder}/s-*.tar")}
+    configs = {m: TINY[m] for m in ("image", "audio")}
+    training, reading = {"loose": [], "shards": []}, {"loose": [], "shards": []}
     for _ in range(repeats):
         for name, source in sources.items():
-            read = timed(lambda s=source: [s.read(i, m) for i in list(s.indices())[:1000] for m in configs])
-            took.setdefault(name, []).append((timed(lambda s=source: list(loader(s, configs))), read * count / 1000))
-    (loose_all, loose_read), (tar_all, tar_read) = (map(statistics.median, zip(*took[name])) for name in sources)
-    print(f"{count} pairs, medians of {repeats}: training samples {loose_all:.1f} s loose, {tar_all:.1f} s shards "
-          f"({loose_all / tar_all:.2f} x); reading and decoding alone {loose_read:.2f} s, {tar_read:.2f} s "
-          f"({loose_read / tar_read:.2f} x)")
+            training[name].append(timed(lambda: list(loader(source, configs))))
+            reading[name].append(timed(lambda: read_some(source, configs)) * count / 1000)
+    for what, took in (("training samples", training), ("reading and decoding alone", reading)):
+        one, other = statistics.median(took["loose"]), statistics.median(took["shards"])
+        print(f"{count} pairs, medians of {repeats}, {what}: {one:.2f} s loose, {other:.2f} s shards ({one / other:.2f} x)")
+    tars = sources["shards"]
+    resuming = [timed(lambda: next(tars.training_indices(0, count - 1, 0, 1))) for _ in range(3 * repeats)]
+    print(f"resuming at the end of the first epoch: {statistics.median(resuming) * 1000:.1f} ms")
+
+
+def read_some(source, modalities, count=1000):
+    for index in itertools.islice(source.indices(), count):
+        for modality in modalities:
+            source.read(index, modality)
 
 
 def cache(folder, count=64, batch_size=32, repeats=1):

@@ -1,0 +1,279 @@
+"""Checkpoints: read without running their code, written whole or not at all, downloaded once.
+
+A checkpoint is a pickle, and a pickle may ask for any code to be run. Here it may ask for tensors
+and plain data alone, which hold no more than the file does.
+"""
+
+import errno
+import hashlib
+import io
+import os
+import pickle
+import re
+import shutil
+import urllib.request
+import zipfile
+from collections import OrderedDict
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+# What a TorchScript archive calls the types of its numbers
+STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+            "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32}
+
+
+# Reading
+
+
+def read_checkpoint(path, mmap=False):
+    """What torch.save wrote, on the CPU: tensors and plain data, never code.
+
+    mmap: leaves tensors in the file until they are used. Raises what torch.load does, or ValueError.
+    """
+    if zipfile.is_zipfile(path):  # older versions of PyTorch wrote a plain pickle
+        with zipfile.ZipFile(path) as archive:
+            require_uncompressed(archive.infolist())
+    # weights_only: PyTorch's own reader of pickles, which refuses any name not on its list
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    require_stored(content)
+    return content
+
+
+def require_uncompressed(members):
+    """ValueError if members of a zip are compressed: no tensor is, and one can expand a thousandfold."""
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its contents are compressed, as no checkpoint's are")
+
+
+def require_stored(content):
+    """ValueError if a tensor has more numbers than are stored, for example a stride-0 view of one number."""
+    for name, t in tensors_in(content):
+        # sparse tensors have no nbytes, and are refused by that error
+        if t.is_meta or t.nbytes > t.untyped_storage().nbytes():
+            raise ValueError(f"{name} claims a shape of {tuple(t.shape)}, more than is stored")
+
+
+def tensors_in(content):
+    """(key, tensor) of every tensor in nested dicts, lists, tuples and sets.
+
+    Each container is opened once, and without recursion: a hostile file may nest them a million deep,
+    inside themselves, or with 2**50 ways to the same one.
+    """
+    waiting = [{"it": content}]  # containers still to open
+    seen = set()
+    while waiting:
+        parts = waiting.pop()
+        items = parts.items() if isinstance(parts, dict) else enumerate(parts)
+        for key, value in items:
+            if isinstance(value, torch.Tensor):
+                yield key, value
+            elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value)
+
+
+@contextmanager
+def checkpoint_errors_named(path):
+    """Turns any exception while a file is read into a ValueError: one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"cut short, or not a checkpoint ({type(error).__name__})"
+        if type(error) in (ValueError, PermissionError):  # ours, whose message is meant for a reader
+            reason = " ".join(str(error)[:1000].split())  # names in a stranger's file may hold line ends
+        if "GLOBAL" in str(error):  # torch.load met something to import
+            what = re.search(r"GLOBAL (\S+)", str(error))
+            asked = what[1] if what else "more than tensors"
+            reason = f"refused, it asks for {asked}, which could run any code"
+        raise ValueError(f"{path}: {reason}") from error
+
+
+def read_weights(path):
+    """(content, is_archive) of a checkpoint at a Path: tensors by name, or a training run's dict around them.
+
+    Reads safetensors, TorchScript archives, and what torch.save wrote. Raises any exception.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path), False
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            root = names[0].split("/")[0]  # the folder inside the zip
+            if f"{root}/constants.pkl" in names:  # TorchScript alone has it
+                return read_archive(archive, root), True
+    # mapped: pages are read when touched, and float32 weights are never copied
+    return read_checkpoint(path, mmap=is_zip), False
+
+
+def read_safetensors(path):
+    """Tensors by name of a safetensors file, which holds nothing else."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError("this format needs safetensors: pip install safetensors") from None
+    tensors = load_file(path)
+    require_stored(tensors)
+    return tensors
+
+
+def read_archive(archive, root):
+    """Tensors by name of a TorchScript archive, a zip of pickled modules, storages and code.
+
+    torch.jit.load would run the code. Here modules become empty objects that only keep their
+    attributes, the names on a short list rebuild tensors, and any other name is refused.
+    """
+    # the code, which is never read, is compressed
+    members = [m for m in archive.infolist() if not m.filename.startswith(f"{root}/code/")]
+    require_uncompressed(members)
+
+    # What the pickle may name is made anew for each file, because it may change what it is given.
+
+    class Module:
+        """What every module of the archive becomes."""
+
+    def rebuild(storage, offset, size, stride, *_):
+        return storage.as_strided(size, stride, offset)  # which checks the bounds
+
+    permitted = {
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild,
+        ("torch.jit._pickle", "build_intlist"): list,
+        ("collections", "OrderedDict"): OrderedDict,
+    }
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, package, name):
+            if package.split(".")[0] == "__torch__":  # a module of the archive's own code
+                return Module
+            if package == "torch" and name in STORAGES:
+                return STORAGES[name]
+            if (package, name) not in permitted:
+                raise ValueError(f"refused, it asks for {package}.{name}, which could run any code")
+            return permitted[package, name]
+
+        def persistent_load(self, key):
+            _, dtype, file, *_ = key  # ("storage", type, name of its file, device, length)
+            content = bytearray(archive.read(f"{root}/data/{file}"))
+            if not content:  # frombuffer refuses an empty buffer
+                return torch.empty(0, dtype=dtype)
+            return torch.frombuffer(content, dtype=dtype)
+
+    pickled = io.BytesIO(archive.read(f"{root}/data.pkl"))
+    tensors = attributes(Reader(pickled).load())
+    require_stored(tensors)
+    return tensors
+
+
+def attributes(module):
+    """Tensors by dotted name in a tree of attributes. Each module is opened once, as in tensors_in."""
+    tensors = {}
+    waiting = [("", module)]
+    seen = {id(module)}
+    while waiting:
+        prefix, module = waiting.pop()
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                tensors[prefix + name] = value
+            elif hasattr(value, "__dict__") and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append((f"{prefix}{name}.", value))
+    return tensors
+
+
+# Writing
+
+
+def save_atomic(obj, path):
+    """torch.save to a second file, flushed to disk, then renamed.
+
+    A kill or a full disk therefore leaves the old file whole. Raises OSError, which says how much
+    space is needed if there is too little.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(obj, file)
+            file.flush()  # Python's buffer
+            os.fsync(file.fileno())  # and the operating system's
+    except (OSError, RuntimeError) as error:  # a failed write reaches us as either
+        partial.unlink(missing_ok=True)
+        needed = sum(t.nbytes for _, t in tensors_in(obj))
+        free = shutil.disk_usage(path.parent).free
+        if getattr(error, "errno", None) == errno.ENOSPC or free < needed:
+            reason = (f"no space for {path}: it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB "
+                      "are free; what was saved before is whole")
+            raise OSError(errno.ENOSPC, reason) from error
+        raise
+    os.replace(partial, path)  # in one step: a reader finds the old file or the new one
+    if os.name == "posix":  # the new name, too, must outlast a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+# Downloads
+
+
+def cache_folder():
+    """Where downloads are kept: IMAGEBIND_CACHE, else ~/.cache/imagebind-mini."""
+    return Path(os.environ.get("IMAGEBIND_CACHE") or Path.home() / ".cache" / "imagebind-mini")
+
+
+def cached(address, digest):
+    """Path of the copy in the cache folder of the file at an address; downloaded if it is not there.
+
+    digest: its SHA-256, or None where none is published. Raises ValueError if the file cannot be
+    downloaded, or has another digest (it is deleted then).
+    """
+    target = cache_folder() / address.rsplit("/", 1)[-1]
+    if target.is_file():  # whole and checked: it has this name only after both
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # one name per process: several may download at once, and the last to finish replaces the same content
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        found = download(address, partial)
+        if digest not in (None, found):
+            raise ValueError(f"{address}: the file has SHA-256 {found}, not {digest}; it was deleted")
+        os.replace(partial, target)
+    except (OSError, HTTPException) as error:
+        reason = f"cannot be downloaded ({error}); put the file at {target} by hand"
+        raise ValueError(f"{address}: {reason}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def download(address, path):
+    """Writes the file at an address to a path, with a progress bar; returns its SHA-256. Raises OSError."""
+    digest = hashlib.sha256()
+    received = 0
+    with urllib.request.urlopen(address, timeout=30) as answer, open(path, "wb") as file:
+        size = int(answer.headers.get("Content-Length") or 0)  # bytes; 0 if the server does not say
+        name = path.name.split(".")[0]
+        with tqdm(desc=name, total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+            while chunk := answer.read(1 << 20):  # 1 MB
+                file.write(chunk)
+                digest.update(chunk)
+                received += len(chunk)
+                bar.update(len(chunk))
+    if size and received != size:
+        raise OSError(f"the connection ended after {received:,} of {size:,} bytes")
+    return digest.hexdigest()
+
+
+def weights_digest(model):
+    """SHA-256 of a module's weights: tells which checkpoint a stored result belongs to."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        numbers = tensor.detach().cpu().contiguous().flatten()
+        digest.update(name.encode())
+        digest.update(numbers.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""--cache-anchor: the embeddings of a frozen anchor, made once and kept on disk.
+
+A frozen encoder gives the same embedding for the same picture in every epoch. The cache holds a few views of
+each item (evaluation's, and augmented ones), and from then on a run touches neither the files nor the tower.
+"""
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import Samples, cached_view, load_batches
+from files.checkpoints import read_checkpoint, save_atomic, weights_digest
+from files.decode import DataError
+from loss import processes, rank
+from model import ImageBind, encoder_of
+from runtime.cli import RunError
+from runtime.run import STOP, code_digest, import_closure
+
+
+class Cache:
+    """Embeddings of `views` views of each item of a source, in a file for every part of it (see Source)."""
+
+    def __init__(self, folder, source, modality, views):
+        self.folder, self.source, self.modality, self.views = folder, source, modality, views
+        self.opened = {}
+
+    def path(self, part):
+        return self.folder / f"{part:06d}.pt"
+
+    def keys(self, part, batch_size=64):
+        """Batches of keys for CachedViews, each of one view, that embed a part."""
+        indices = self.source.indices_of_part(part)
+        for number in range(self.views):
+            for at in range(0, len(indices), batch_size):
+                yield [(number, index) for index in indices[at : at + batch_size]]
+
+    def look_up(self, index, number):
+        """The embedding (E,) of an item's view, memory-mapped; DataError if the item could not be read."""
+        part = self.source.part_of(index)
+        if part not in self.opened:
+            self.opened[part] = read_checkpoint(self.path(part), mmap=True)
+        kept = self.opened[part]  # indices (n,), embeddings (n, views, E)
+        place = torch.searchsorted(kept["indices"], index)
+        z = kept["embeddings"][place, number]
+        if z.isnan().any():
+            raise DataError(f"its {self.modality} could not be read when its embedding was made")
+        return z.clone()
+
+
+class CachedViews(Samples):
+    """The tensors whose embeddings are cached; keys are (number of the view, index)."""
+
+    def __getitem__(self, key):
+        number, index = key
+        rng, view = cached_view(self.source, index, number)
+        return self.sample(index, rng, view)
+
+
+def cache_anchor(args, run, model, anchor, source, amp):
+    """The cache of --cache-anchor views of the frozen anchor, beside the run; makes what is missing.
+
+    Its folder's name is a digest of everything that an embedding depends on: stale caches are never used, and
+    runs with equal settings share one. A file appears when it is whole; each process makes every world-th.
+    """
+    encoder, views = model.encoder(anchor), args.cache_anchor
+    name = [None]
+    if run.main:
+        code = code_digest(*import_closure("data.py", "sources/__init__.py", "runtime/cache.py"))
+        weights = weights_digest(encoder)
+        made_from = (source.fingerprint(anchor), weights, encoder.config, anchor, views, amp, code)
+        name = [hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]]
+    if processes() > 1:
+        dist.broadcast_object_list(name)
+    cache = Cache(run.folder.parent / "cache" / name[0], source, anchor, views)
+    missing = [part for part in range(rank(), source.parts(), processes()) if not cache.path(part).exists()]
+    keys = (batch for part in missing for batch in cache.keys(part))
+    samples = CachedViews(source, {anchor: encoder.config})
+    batches = load_batches(samples, keys, args.workers, encoder.pos.device)
+    unread = []
+    for done, part in enumerate(tqdm(missing, desc=f"embedding {anchor}", unit="part", disable=run.quiet)):
+        if STOP.is_set:
+            raise RunError(f"stopped with {done} of {len(missing)} files of embeddings made and kept; "
+                           f"resume: {run.resume_command()}")
+        unread += make_part(cache, part, model, batches, amp)
+    run.add_bad_items(unread)  # collective, so that nobody goes on before all are here
+    return cache
+
+
+def make_part(cache, part, model, batches, amp):
+    """Embeds a part and writes its file; returns the Bad items, whose embeddings are NaN."""
+    encoder = model.encoder(cache.modality)
+    indices = torch.tensor(cache.source.indices_of_part(part))
+    z = torch.full((len(indices), cache.views, encoder.config.embed_dim), torch.nan)
+    unread = []
+    for keys in cache.keys(part):
+        batch, bad = next(batches)
+        unread += bad
+        if batch is None:
+            continue
+        places = torch.searchsorted(indices, batch["index"])
+        number = keys[0][0]
+        with torch.autocast(encoder.pos.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            z[places, number] = model.embed(cache.modality, batch[cache.modality]).cpu()
+    save_atomic({"indices": indices, "embeddings": z}, cache.path(part))
+    return unread
+
+
+def without_anchor(model, anchor):
+    """The same encoders, but for the anchor's: a batch holds its embeddings already."""
+    rest = ImageBind([])
+    rest.encoders.update(model.encoders)
+    rest.encoders[encoder_of(anchor)] = torch.nn.Identity()
+    return rest

@@ -1,0 +1,190 @@
+"""What every command line here shares: errors and exit status, types of options, device, --checkpoint."""
+
+import argparse
+import errno
+import math
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from clip_weights import load_pretrained, tokenizer
+from files.decode import DataError
+from loss import MAX_LOGIT_SCALE
+from model import MODALITIES
+
+
+class UsageError(Exception):
+    """Wrong use: one line that says what is wrong and what to do; exit status 2."""
+
+
+class RunError(Exception):
+    """A failure while running, said in one line; exit status 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as UsageError."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+
+class Moved(argparse.Action):
+    """An option that is now something else: using it says what."""
+
+    def __init__(self, *args, new, **options):
+        super().__init__(*args, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+        self.new = new
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise UsageError(f"{option_string} is now {self.new}")
+
+
+def run_main(main):
+    """Calls a command line's main; what goes wrong becomes one line and the exit status."""
+    try:
+        main()
+    except (UsageError, DataError) as error:
+        sys.exit(report_error(error, 2))
+    except RunError as error:
+        sys.exit(report_error(error, 1))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(report_error(f"{error.strerror} {error.filename or ''}", 1))
+
+
+def report_error(error, status):
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    return status
+
+
+# ---------------------------------------------------------------------------------------------
+# Types of options: each takes the text of the command line, or says what it must be
+
+
+def number(kind, least=-math.inf, above=-math.inf, below=math.inf):
+    """A type for argparse: int or float, at least `least`, above `above` and below `below`."""
+    bounds = []
+    if least > -math.inf:
+        bounds.append(f"at least {least:g}")
+    if above > -math.inf:
+        bounds.append(f"above {above:g}")
+    if below < math.inf:
+        bounds.append(f"below {below:g}")
+    wanted = ("a whole number" if kind is int else "a number") + f" {' and '.join(bounds)}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value >= least and above < value < below):  # not a number is in no range
+            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
+        return value
+
+    return parse
+
+
+positive = number(int, above=0)
+positive_float = number(float, above=0)
+count = number(int, least=0)
+amount = number(float, least=0, below=math.inf)
+share = number(float, least=0, below=1)
+
+
+def parse_heads(text):
+    """ "image=16,text=12" -> {"image": 16, "text": 12}."""
+    heads = {}
+    try:
+        for part in text.split(","):
+            modality, heads_of_it = part.split("=")
+            heads[modality] = int(heads_of_it)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: heads are given as image=16,text=12") from None
+    return heads
+
+
+def parse_pairs(text):
+    """ "image-audio,image-depth" -> [("image", "audio"), ("image", "depth")]. Raises UsageError."""
+    pairs = []
+    for name in text.split(","):
+        pair = tuple(name.split("-"))
+        if len(set(pair)) != 2 or len(pair) != 2 or not set(pair) <= set(MODALITIES):
+            raise UsageError(f"--pair {name}: a pair is two different ones of {', '.join(MODALITIES)}, "
+                             "joined by -")
+        if pair in pairs or pair[::-1] in pairs:
+            raise UsageError(f"--pair {text}: names a pair twice; for longer training set --epochs")
+        pairs.append(pair)
+    return pairs
+
+
+def parse_learn(text):
+    """ "image,audio" -> ["image", "audio"]."""
+    names = text.split(",")
+    for name in names:
+        if name not in MODALITIES:
+            raise argparse.ArgumentTypeError(f"{name}: not one of {', '.join(MODALITIES)}")
+    return names
+
+
+def parse_temperature(text):
+    """A number, or "learned"."""
+    if text == "learned":
+        return text
+    # 1 / temperature is the logit scale, which has a largest value
+    return number(float, least=1 / MAX_LOGIT_SCALE, below=math.inf)(text)
+
+
+# ---------------------------------------------------------------------------------------------
+# Device, processes, precision, checkpoint
+
+
+def choose_device():
+    """CUDA (under torchrun, this process's own GPU), else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def start_processes(device):
+    """Joins the processes that torchrun started."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # CPU tensors always go by gloo, where the death of a process is an error at once.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # rank 0 evaluates alone meanwhile
+
+
+def choose_amp(name, device):
+    """The type that --amp names, None for float32; auto: bf16 on CUDA alone."""
+    automatic = torch.bfloat16 if device.type == "cuda" else None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}[name]
+
+
+def load_model(name, heads=None):
+    """The model of a run's folder, a file or a name; None: of the newest run. Raises UsageError."""
+    try:
+        return load_pretrained(name or newest_run(), heads)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def require_vocabulary(vocab):
+    """UsageError if a text encoder's vocabulary cannot be had."""
+    try:
+        tokenizer(vocab)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def newest_run():
+    """The model.pt below runs/ that was written last; the toy anchor's only where there is no other."""
+    found = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in found if path.parent.name != "toy-anchor"] or found
+    if not found:
+        raise UsageError("no run below runs/; train one, or name a --checkpoint")
+    return found[-1]

@@ -1,0 +1,280 @@
+"""A run's folder and what is in it, resuming a run, and the signals that end one.
+
+A run killed at any moment resumes to the same weights: model.pt and state.pt are each written whole or not
+at all, and log lines that are younger than the state are cut off.
+"""
+
+import ast
+import hashlib
+import itertools
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import Bad
+from files.checkpoints import read_checkpoint, save_atomic
+from loss import processes, rank
+from runtime.cli import RunError, UsageError
+
+LOGS = ("log.jsonl", "bad_items.txt")
+HARMLESS = ("workers", "save_every")  # options that change no number: a resumed run may be given others
+
+
+class Run:
+    """A run's folder: config.json, log.jsonl, bad_items.txt, state.pt and model.pt. Rank 0 writes.
+
+    save_every: seconds between checkpoints.
+    """
+
+    def __init__(self, folder, save_every=300):
+        self.folder = Path(folder)
+        self.main = rank() == 0
+        self.quiet = None if self.main else True  # for tqdm: no bar but rank 0's, and that only in a terminal
+        self.save_every, self.saved_at = save_every, time.monotonic()
+
+    def write_config(self, args, fingerprint):
+        """What the run was started with: options, command, versions, code, and a fingerprint of its data."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in LOGS:  # of an attempt that was stopped before its first checkpoint
+            (self.folder / name).unlink(missing_ok=True)
+        versions = {name: version(name) for name in ("torch", "torchaudio", "numpy", "pillow")}
+        versions["python"] = platform.python_version()
+        config = vars(args) | {"command": sys.argv, "data_fingerprint": fingerprint,
+                               "code": training_code_digest(), "versions": versions}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    def read_config(self):
+        """What write_config wrote; {} if there is none."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            return {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}") from None
+
+    def log(self, **event):
+        self.append("log.jsonl", json.dumps(event))
+
+    def append(self, name, line):
+        if self.main:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def say(self, text):
+        if self.main:
+            tqdm.write(text)
+
+    def add_bad_items(self, items):
+        """Adds the items that any process could not read to bad_items.txt, each once. Collective."""
+        if processes() > 1:
+            gathered = [None] * processes()
+            dist.all_gather_object(gathered, items)
+            items = [Bad(*item) for part in gathered for item in part]
+        path = self.folder / "bad_items.txt"
+        known = set()
+        if path.exists():
+            known = {line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()}
+        for item in dict.fromkeys(items):
+            if item.name not in known:
+                self.append("bad_items.txt", f"{item.name}\t{item.reason}")
+
+    def due(self):
+        """Whether it is time for a checkpoint."""
+        return time.monotonic() - self.saved_at > self.save_every
+
+    def save(self, model, **state):
+        """Everything to resume, and the model alone; a log line after this is forgotten on resume."""
+        self.saved_at = time.monotonic()
+        if not self.main:
+            return
+        sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
+        try:
+            # The model first: a kill between the two leaves a state that makes it again.
+            model.save(self.folder / "model.pt")
+            save_atomic({"model": model.state(), "sizes": sizes, **state}, self.folder / "state.pt")
+        except OSError as error:
+            raise RunError(f"{error.strerror}; make room, then resume: {self.resume_command()}") from None
+
+    def load(self):
+        """What `save` wrote, or None; cuts the logs back to that moment."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return None
+        try:
+            state = read_checkpoint(path)
+        except Exception as error:
+            raise UsageError(f"{path}: damaged, or not of this program ({type(error).__name__})") from error
+        if not {"model", "sizes", "pair", "has_weights"} <= state.keys():
+            raise UsageError(f"{path}: not of this version of the program; start a new run from its weights: "
+                             f"--init {self.folder}")
+        for name in LOGS if self.main else ():
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, state["sizes"].get(name, 0))
+        return state
+
+    def require_data(self, fingerprint):
+        """UsageError if the data are not those that the run was started with."""
+        saved = self.read_config().get("data_fingerprint")
+        if saved not in (None, fingerprint):
+            raise UsageError(f"--resume {self.folder}: the data have changed since the run was started; "
+                             f"with them, start a new run from its weights: --init {self.folder}")
+
+    def finished(self):
+        """Whether the last thing this run logged is its final evaluation."""
+        log = self.folder / "log.jsonl"
+        if not log.exists() or log.stat().st_size == 0:
+            return False
+        last = json.loads(log.read_text().splitlines()[-1])
+        return last.get("event") == "eval" and "step" not in last
+
+    def resume_command(self):
+        return f"python train.py --resume {self.folder}"
+
+
+def new_folder(args):
+    """The folder of a new run: --out, else runs/PAIR with the first number that is free."""
+    found = [None]
+    if rank() == 0:  # rank 0 decides for all: a slower process would already see this folder
+        name = args.pair.replace(",", "+")
+        candidates = [Path(args.out)] if args.out else numbered(Path("runs") / name)
+        free = (path for path in candidates if not (path / "config.json").exists())
+        found = [next(free, None)]
+    if processes() > 1:
+        dist.broadcast_object_list(found)
+    if found[0] is None:
+        raise UsageError(f"--out {args.out} holds a run already: --resume it, or name another folder")
+    return found[0]
+
+
+def numbered(path):
+    """path, path-2, path-3, ..."""
+    yield path
+    for n in itertools.count(2):
+        yield path.with_name(f"{path.name}-{n}")
+
+
+def options_of_run(folder, args, parse_args):
+    """The options that the run in a folder was started with, as parse_args makes them.
+
+    Raises UsageError where there is no run, or one that would write elsewhere, and for other options beside
+    --resume, except those that cannot change a result.
+    """
+    if not (folder / "config.json").exists():
+        raise UsageError(f"--resume {folder}: no run in this folder (no config.json)")
+    linked = [path.name for path in folder.iterdir() if path.is_symlink()]
+    if linked:
+        raise UsageError(f"--resume {folder}: {linked[0]} is a link; a run writes in its folder alone")
+    config = Run(folder).read_config()
+    saved = {key: value for key, value in config.items() if hasattr(args, key)}
+    saved["resume"] = args.resume
+    args = parse_args(saved=saved)
+    for name, value in saved.items():
+        if getattr(args, name) != value and name not in HARMLESS:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"--resume {folder} takes the run's own options: leave out {option}, "
+                             f"or start a new run from its weights: --init {folder}")
+    return args
+
+
+def wait_for_all():
+    """Waits until every process has come here."""
+    if processes() > 1:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------
+# Digests of code: what was made by other code is made again
+
+ROOT = Path(__file__).parent.parent
+
+
+def training_code_digest():
+    """Digest of all code and settings that the toy anchor depends on."""
+    sample_and_loss = import_closure("data.py", "loss.py", "sources/toy.py")
+    # train.py for the step and its settings, not what it imports: evaluating an anchor does not change it.
+    return code_digest(*sample_and_loss, "train.py")
+
+
+def import_closure(*names):
+    """These files of ours and all that they import, directly or not, but for their demonstrations."""
+    found, new = set(), set(names)
+    while new:
+        found |= new
+        imported = set()
+        for name in new:
+            imported |= our_imports(name)
+        new = imported - found
+    return sorted(found)
+
+
+def our_imports(name):
+    """Names of our files that a file imports."""
+    found = set()
+    for node in ast.walk(without_demonstration(parse(name))):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        for module in modules:
+            path = module.replace(".", "/")
+            found |= {file for file in (f"{path}.py", f"{path}/__init__.py") if (ROOT / file).is_file()}
+    return found
+
+
+def code_digest(*names):
+    """Digest of the syntax of some of our files: docstrings, comments and layout do not change it."""
+    trees = [ast.dump(without_docstrings(without_demonstration(parse(name)))) for name in sorted(names)]
+    return hashlib.sha256(repr(trees).encode()).hexdigest()[:16]
+
+
+def parse(name):
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"))
+
+
+def without_demonstration(tree):
+    """The module without what it does under __main__."""
+    kept = []
+    for node in tree.body:
+        if not (isinstance(node, ast.If) and "__main__" in ast.dump(node.test)):
+            kept.append(node)
+    tree.body = kept
+    return tree
+
+
+def without_docstrings(tree):
+    for node in ast.walk(tree):
+        may_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if may_have_one and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return tree
+
+
+# ---------------------------------------------------------------------------------------------
+# Signals
+
+
+class Stop:
+    """Set by SIGTERM or Ctrl-C; the loop saves and ends at the next step. A second signal ends at once."""
+
+    is_set = False
+
+    def catch(self, signum, frame):
+        self.is_set = True
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+
+    def listen(self):
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self.catch)
+
+
+STOP = Stop()

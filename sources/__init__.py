@@ -1,0 +1,29 @@
+"""What --data can name: open_data."""
+
+from pathlib import Path
+
+from files.decode import DataError
+from sources.manifest import Table
+from sources.paper import DATASETS, open_dataset
+from sources.shards import Shards, shard_paths
+from sources.toy import CONCEPTS, ToyWorld
+
+
+def open_data(spec, split="train", size=None, allow_outside=False):
+    """The source that --data names: "toy", a manifest, shards, or NAME:ROOT (DATASETS). Raises DataError.
+
+    size           samples of the toy world, or in an epoch of shards where it is known
+    allow_outside  a manifest's files may lie anywhere on the disk (see Table)
+    """
+    if spec == "toy":
+        default = 20000 if split == "train" else 8 * len(CONCEPTS)
+        return ToyWorld(split, size or default)
+    name, _, root = spec.partition(":")
+    if root and name.lower() in DATASETS:
+        return open_dataset(name.lower(), root, split)
+    if spec.endswith(".tar"):
+        return Shards(shard_paths(spec), size)
+    if not Path(spec).is_file():
+        raise DataError(f"{spec}: no such manifest; --data takes toy, the path of a CSV, shards ending in "
+                        f".tar, or NAME:ROOT with NAME one of {', '.join(DATASETS)}")
+    return Table(spec, allow_outside=allow_outside)

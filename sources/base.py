@@ -1,0 +1,154 @@
+"""What a source answers: the contract between what --data names and whoever reads it.
+
+A source is a list of numbered samples. A sample has one row: by column, where the content of each modality
+lies (or the text itself), and what else is known of the sample. ToyWorld, Table (manifests and the paper's
+data sets) and Shards derive from Source. A new source answers the first five methods, and others where their
+default does not fit.
+"""
+
+import itertools
+import math
+from functools import cached_property
+
+from files.decode import DataError
+
+
+class Source:
+    """Samples by index, read one modality at a time."""
+
+    columns = ()  # modalities that samples have, in the order of MODALITIES
+    header = ()  # every column of a row
+    templates = ()  # prompts of its own for zero-shot classification; empty: evaluate.TEMPLATES
+    crop_scale = (0.35, 1.0)  # smallest and largest share of a picture's area that training crops
+    multi_label = False  # whether a sample may have several classes, by a column `labels` instead of `label`
+    absent = 0  # items that a data set lists and whose files are not there
+    has_splits = False  # whether it has held-out samples of its own, as split "test"
+    streamed = False  # whether training reads it in the order of training_indices, not by random index
+    part_size = 1024  # indices of a part: the cached embeddings of one part share a file
+
+    # What every source answers
+
+    def __len__(self):
+        """Number of samples; of a streamed source, in an epoch."""
+        raise NotImplementedError
+
+    def row(self, index):
+        """{column: text}: paths, text, label. Raises DataError."""
+        raise NotImplementedError
+
+    def read(self, index, modality):
+        """The plain form of one modality (see files/decode.py). Raises DataError."""
+        raise NotImplementedError
+
+    def name(self, index):
+        """What messages call a sample: its file and line."""
+        raise NotImplementedError
+
+    def fingerprint(self, modality=None):
+        """Digest that changes with the table and, given a modality, with size or time of any of its files."""
+        raise NotImplementedError
+
+    # Samples and their order
+
+    def names(self, indices, most=10):
+        """The first samples of a batch, in words."""
+        shown = [self.name(int(index)) for index in indices[:most]]
+        more = len(indices) - len(shown)
+        return ", ".join(shown) + (f" and {more} more" if more else "")
+
+    def indices(self):
+        """The index of every sample, in order."""
+        return range(len(self))
+
+    def rows(self):
+        """Every row, in order."""
+        for index in self.indices():
+            yield self.row(index)
+
+    def training_indices(self, seed, start, rank, world):
+        """Only of a streamed source: the endless stream of indices, in random order, that process `rank` of
+        `world` trains on, from its `start`-th on."""
+        raise NotImplementedError
+
+    def held_out(self):
+        """What evaluation reads where no other data are named: a part that is quick to go through."""
+        return self
+
+    # Classes and items
+
+    @cached_property
+    def names_by_label(self):
+        """{label: class name} in the order of the classes; by default sorted labels, numbers as numbers."""
+        labels = set()
+        if "label" in self.header or "labels" in self.header:
+            for row in self.rows():
+                labels.update(self.labels_of_row(row))
+        by_number = sorted(labels, key=lambda label: (int(label) if label.isdecimal() else -1, label))
+        return dict(zip(by_number, by_number))
+
+    @property
+    def classes(self):
+        """Class names in order; empty where samples have no label. A name may hold alternatives by |."""
+        return list(self.names_by_label.values())
+
+    @cached_property
+    def _class_of_label(self):
+        return {label: i for i, label in enumerate(self.names_by_label)}
+
+    def labels_of_row(self, row):
+        if self.multi_label:
+            return [label for label in row["labels"].split("|") if label]
+        label = row.get("label", "")
+        return [label] if label else []
+
+    def labels(self, index):
+        """All classes of a sample, as indices into `classes`."""
+        labels = self.labels_of_row(self.row(index))
+        return [self._class_of_label[label] for label in labels if label in self._class_of_label]
+
+    def label(self, index):
+        """The (first) class of a sample, -1 if it has none."""
+        labels = self.labels(index)
+        return labels[0] if labels else -1
+
+    def first_row_of_item(self, index):
+        """Index of the first row about the same item; rows of one item differ only in their text."""
+        return index
+
+    def caption(self, index, modality):
+        """A readable label of one item."""
+        return self.row(index).get(modality, "")
+
+    # Parts: consecutive samples whose cached embeddings share a file
+
+    def parts(self):
+        """Number of parts."""
+        return math.ceil(len(self) / self.part_size)
+
+    def part_of(self, index):
+        return index // self.part_size
+
+    def indices_of_part(self, part):
+        """The indices of a part, in rising order."""
+        first = part * self.part_size
+        return list(range(first, min(first + self.part_size, len(self))))
+
+    # Checks, so that a long run fails early
+
+    def require_pair(self, pair):
+        """DataError unless some of the first samples have both modalities of the pair."""
+        for modality in pair:
+            if modality not in self.columns:
+                raise DataError(f"no column {modality}; its columns are {', '.join(self.header)}")
+        first = [self.row(index) for index in itertools.islice(self.indices(), 20)]
+        cells = {}
+        for modality in pair:
+            column = [row.get(modality, "").strip() for row in first]
+            cells[modality] = [cell for cell in column if cell]
+            if not cells[modality]:
+                raise DataError(f"the column {modality} is empty")
+        for modality in pair:
+            self.require_file(modality, cells[modality])
+
+    def require_file(self, modality, cells):
+        """DataError if none of the files that these cells name exists; by default there are no such files."""

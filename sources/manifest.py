@@ -1,0 +1,255 @@
+"""A manifest: a CSV and the files that it names."""
+
+import csv
+import hashlib
+import io
+import math
+import os
+from bisect import bisect_left
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from files.decode import MAX_ROW, READERS, SAMPLE_RATE, DataError, errors_named, read_imu, read_text
+from model import MODALITIES
+from sources.base import Source
+
+
+class Table(Source):
+    """Rows of a CSV whose header names modalities. Text stands inline; paths are relative to its folder.
+
+    Optional columns:
+
+    label         a class
+    labels        several classes, joined by |
+    fold          number of a cross-validation fold
+    item          rows of the same item share it; they differ only in their text
+    box           x0 y0 x1 y1 in pixels: the part of a picture or thermal map to read
+    start         seconds: where the clip begins in a recording of sound, video or IMU
+    seconds       length of that clip
+    baseline      metres between a depth camera's emitter and sensor (read_depth)
+    focal_length  pixels (read_depth)
+    sunrgbd       1 where depth is stored as SUN RGB-D stores it (read_depth)
+
+    path           the CSV; its folder is the root of all cells
+    content        bytes of a CSV that stand for the file, which then need not exist
+    classes        {label: class name} in order, where the rows do not tell
+    absent         items that a data set lists and whose files are not there
+    allow_outside  read cells that lead out of the folder; refused by default, because a manifest may come
+                   from someone else. Links inside the folder are followed
+
+    Only the byte offset of each row is kept in memory, and a row is parsed when it is read: millions of rows
+    cost little, and worker processes share them. Raises DataError if the file is no such table.
+    """
+
+    def __init__(self, path, content=None, classes=None, absent=0, allow_outside=False):
+        self.path = Path(path)
+        self.root = self.path.parent
+        self.content = content
+        self.absent = absent
+        self.allow_outside = allow_outside
+        with errors_named(path), self.open_csv() as file:
+            self.offsets = row_offsets(file)  # (rows + 2,): of the header, of each row, of the end
+            self.header = self.cells(0, file)
+        self.columns = [column for column in self.header if column in MODALITIES]
+        self.multi_label = "labels" in self.header
+        if classes is not None:
+            self.names_by_label = classes
+        if not self.columns or len(self) < 1:
+            found = ", ".join(self.header)[:100] or "empty"
+            raise DataError(f"{path}: a manifest is a CSV with a header naming modalities "
+                            f"({', '.join(MODALITIES)}) and at least one row; this header is {found}")
+
+    def __len__(self):
+        return len(self.offsets) - 2
+
+    def name(self, index):
+        return f"{self.path.name}:{index + 1}"
+
+    def fingerprint(self, modality=None):
+        """SHA-256 of the table and, given a modality, of path, size and time of each of its files."""
+        digest = hashlib.sha256()
+        with self.open_csv() as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        if modality in (None, "text"):
+            return digest.hexdigest()
+        for row in self.rows():
+            path = self.root / row[modality].strip()
+            stat = path.stat() if path.is_file() else None
+            digest.update(f"{path.absolute()} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+        return digest.hexdigest()
+
+    # Rows
+
+    def open_csv(self):
+        if self.content is not None:
+            return io.BytesIO(self.content)
+        return open(self.path, "rb")
+
+    def cells(self, line, file):
+        """Cells of the header (line 0) or of a row."""
+        size = int(self.offsets[line + 1] - self.offsets[line])
+        if size > MAX_ROW:
+            raise DataError(f"a row of {size:,} bytes: is there a quote that opens and never closes?")
+        file.seek(self.offsets[line])
+        text = file.read(size).decode("utf-8-sig")
+        return next(csv.reader(io.StringIO(text, newline="")), [])
+
+    def parse_row(self, index, file):
+        cells = self.cells(index + 1, file)
+        width = len(self.header)
+        if any(cells[width:]):
+            raise DataError(f"{len(cells)} cells under {width} columns; a text with commas must be quoted")
+        cells += [""] * (width - len(cells))
+        return dict(zip(self.header, cells))
+
+    def row(self, index):
+        with errors_named(self.name(index)), self.open_csv() as file:
+            return self.parse_row(index, file)
+
+    def rows(self):
+        """Every row in order, from one opening of the file; empty cells for a row that cannot be read."""
+        with self.open_csv() as file:
+            for index in range(len(self)):
+                try:
+                    yield self.parse_row(index, file)
+                except (ValueError, csv.Error):  # DataError and UnicodeDecodeError are ValueErrors
+                    yield dict.fromkeys(self.header, "")
+
+    @cached_property
+    def first_rows(self):
+        """(rows,) index of the first row of each row's item."""
+        first = {}
+        return np.array([first.setdefault(row["item"], i) for i, row in enumerate(self.rows())])
+
+    def first_row_of_item(self, index):
+        return int(self.first_rows[index]) if "item" in self.header else index
+
+    # Files
+
+    def locate(self, cell):
+        """The path that a cell names. Raises DataError where it may not be read."""
+        leads_out = Path(cell).anchor or Path(os.path.normpath(cell)).parts[:1] == ("..",)
+        if leads_out and not self.allow_outside:
+            raise DataError(f"{cell}: outside the manifest's folder, read only with --allow-outside")
+        return self.root / cell
+
+    def require_file(self, modality, cells):
+        if modality != "text" and not any(self.locate(cell).exists() for cell in cells):
+            raise DataError(f"none of the first {len(cells)} {modality} files exists, "
+                            f"such as {self.root / cells[0]}")
+
+    def read(self, index, modality):
+        row = self.row(index)
+        cell = row.get(modality, "").strip()
+        if not cell:
+            raise DataError(f"{modality} is empty")
+        with errors_named(cell):
+            if modality == "text":
+                return read_text(cell)
+            return read_file(modality, self.locate(cell), row)
+
+
+def row_offsets(file):
+    """Byte offset of every row of a CSV (a binary file), and of its end; no row ends inside quotes."""
+    found = [np.zeros(1, np.int64)]
+    at = quotes = 0  # bytes read; whether the next one is inside quotes
+    while chunk := file.read(1 << 20):
+        content = np.frombuffer(chunk, np.uint8)
+        inside = (quotes + np.cumsum(content == ord('"'))) % 2
+        ends = np.flatnonzero((content == ord("\n")) & (inside == 0))
+        found.append(ends + at + 1)
+        at += len(chunk)
+        quotes = int(inside[-1])
+    offsets = np.concatenate(found)
+    if quotes:
+        raise DataError(f"a quote opens in row {len(offsets) - 1} and never closes")
+    if offsets[-1] != at:  # a last line without newline
+        offsets = np.append(offsets, at)
+    return offsets
+
+
+# From a row to the part of a file that it means
+
+
+def read_file(modality, path, row):
+    """The plain form of a file, or of the part of it that the row means. Raises DataError."""
+    if modality in ("image", "thermal"):
+        x = READERS[modality](path)
+        return cut_box(x, row["box"]) if row.get("box") else x
+    if modality == "depth":
+        given = {key: float(row[key]) for key in ("baseline", "focal_length", "sunrgbd") if row.get(key)}
+        return READERS["depth"](path, **given)
+    if not row.get("start"):
+        return READERS[modality](path)
+    if not row.get("seconds"):
+        raise DataError(f"start is {row['start']}, but seconds is empty or no column: a clip needs both")
+    return read_clip(modality, path, float(row["start"]), float(row["seconds"]))
+
+
+def read_clip(modality, path, start, seconds):
+    """The plain form of a clip of sound, video or IMU, where the file may hold more than the clip."""
+    if modality == "imu":
+        return read_imu(imu_window(path, start, seconds))
+    if modality == "audio":
+        x = READERS["audio"](path, start, seconds)
+        first, last = clip_in_file(x.shape[1], SAMPLE_RATE, start, seconds)
+        return x[:, first:last]
+    x = READERS["video"](path)
+    first, last = clip_in_file(x.count, x.fps, start, seconds)
+    return x.cut(first, last)
+
+
+def clip_in_file(size, rate, start, seconds):
+    """First and last sample (or frame) of a clip in a file of `size` samples.
+
+    Data sets of clips lie on disks as clips or as whole recordings: a file that is longer than the clip by
+    more than a second, and reaches its start, is a whole recording.
+    """
+    first = round(start * rate)
+    last = round((start + seconds) * rate)
+    if first < size and size > last - first + rate:
+        return first, min(last, size)
+    return 0, size
+
+
+def cut_box(picture, box):
+    """The part of (H, W, ...) inside a box, "x0 y0 x1 y1" in pixels."""
+    x0, y0, x1, y1 = map(int, box.split())
+    part = picture[y0:y1, x0:x1]
+    if 0 in part.shape:
+        raise DataError(f"the box {box} is not in the picture")
+    return part
+
+
+def imu_window(path, start, seconds):
+    """Rows (T, 6) of Ego4D's table of one recording, accelerometer then gyroscope.
+
+    Such a table has hours at 200 Hz, in order of time: the window is found by bisection over bytes.
+    """
+    with open(path, "rb") as file:
+        names = file.readline().decode().strip().split(",")
+        time = names.index("canonical_timestamp_ms")
+        channels = [names.index(f"{kind}_{axis}") for kind in ("accl", "gyro") for axis in "xyz"]
+
+        def row_from(byte):
+            """The first whole row from a byte on."""
+            file.seek(byte - 1)
+            file.readline()
+            return file.readline()
+
+        def milliseconds(row):
+            return float(row.split(b",")[time]) if row else math.inf
+
+        bytes_of_rows = range(file.tell(), path.stat().st_size)
+        place = bisect_left(bytes_of_rows, start * 1000, key=lambda byte: milliseconds(row_from(byte)))
+        row = row_from(bytes_of_rows.start + place)
+        window = []
+        while milliseconds(row) < (start + seconds) * 1000:
+            cells = row.split(b",")
+            if all(cells[c].strip() for c in channels):  # a row may lack a sensor
+                window.append([float(cells[c]) for c in channels])
+            row = file.readline()
+    return window

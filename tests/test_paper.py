@@ -1,0 +1,61 @@
+"""The paper's tables are measured once, and say what was not measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_metrics import save_model, small_esc50
+
+import evaluate
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import paper  # noqa: E402
+
+from runtime.cli import UsageError  # noqa: E402
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Runs benchmarks/paper.py's command line in this process; returns what --json holds."""
+    monkeypatch.chdir(tmp_path)
+    save_model(seed=0)
+
+    def call(*options):
+        always = ("--checkpoint", "model.pt", "--workers", "0", "--json", "out.json")
+        monkeypatch.setattr(sys, "argv", ["paper.py", *options, *always])
+        paper.main()
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return call
+
+
+def test_a_killed_measurement_resumes_where_it_stopped(call, tmp_path, monkeypatch, capsys):
+    small_esc50(tmp_path / "sets/ESC-50")
+    options = ("--root", "sets", "--markdown", "table.md")
+    first = call(*options)
+    assert "audio: 8 items (0 unreadable, 0 absent)" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "embed_items", lambda *args: pytest.fail("measured again"))
+    assert call(*options) == first
+    assert "kept in out/esc50.json" in capsys.readouterr().out
+    rows = {row["column"]: row for row in first["table"]}
+    assert rows["ESC"]["items"] == 8 and rows["ESC"]["published"] == 66.9
+    assert rows["AS-A mAP"]["note"] == "absent" and len(first["table"]) == 15
+    assert "| ESC | " in (tmp_path / "table.md").read_text()
+    save_model(seed=1)  # other weights
+    with pytest.raises(pytest.fail.Exception):
+        call(*options)
+
+
+def test_a_folder_that_is_not_there_is_wrong_use(call):
+    with pytest.raises(UsageError, match="no such folder"):
+        call("--root", "nowhere")
+
+
+def test_chance_of_a_recall_is_that_of_the_items_that_are_there():
+    task = next(task for task in paper.PAPER if task.column == "Clotho R@10")
+    figures = {"queries": 50, "items": 10, "R@10": 1.0}
+    row = paper.table_row(task, {"bad": 1, "absent": 2, "text->audio": figures})
+    assert (row["measured"], row["chance"], row["items"], row["bad"], row["absent"]) == (100, 100, 50, 1, 2)
+    assert "| Clotho R@10 | 100.0 | 28.4 | +71.6 | 100.00 | 50 | 1 | 2 |  |" in paper.table([row])
