@@ -707,7 +707,7 @@ def parse_args():
     for name in COMMANDS:
         add[name]("--checkpoint", help="a run's folder or model.pt (default: the newest run), a CLIP or "
                   "ImageBind file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
-        add[name]("--heads", type=cli.parse_heads, help="attention heads where no file says: image=16,text=12")
+        add[name]("--heads", type=cli.parse_heads, help="attention heads if no file says: image=16,text=12")
         add[name]("--json", help="also write the figures to this file")
         if name != "compare":
             add[name]("--data", default="toy", help=f"toy, CSV, shards, NAME:ROOT of {', '.join(DATASETS)}")

@@ -47,7 +47,7 @@ SHOWN = 9  # the toy scene that is drawn
 
 
 class Query(NamedTuple):
-    """What is asked for: embeddings (Q, E), and the logit scale (Q,) of each one's modality against images."""
+    """What is asked for: embeddings (Q, E), and the logit scale (Q,) of each against images."""
 
     z: torch.Tensor
     scale: torch.Tensor
@@ -63,7 +63,7 @@ class Seen(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Boxes (K, 4) in pixels, x0 y0 x1 y1, best first, with scores (K,) and queries (K,); heat maps (Q, h, w)."""
+    """Boxes (K, 4) in pixels, x0 y0 x1 y1, best first, scores (K,) and queries (K,); heat maps (Q, h, w)."""
 
     boxes: torch.Tensor
     scores: torch.Tensor
@@ -87,12 +87,14 @@ def embed_dense(encoder, x):
         x = block(x)
     last = encoder.blocks[-1]
     values = last.attn.proj(last.attn.qkv(last.norm1(x)).chunk(3, dim=-1)[2])  # (B, 1 + N, D)
-    return tuple(F.normalize(encoder.proj(encoder.norm(t)).float(), dim=-1) for t in (last(x)[:, 0], values[:, 1:]))
+    z, patches = (encoder.proj(encoder.norm(t)).float() for t in (last(x)[:, 0], values[:, 1:]))
+    return F.normalize(z, dim=-1), F.normalize(patches, dim=-1)
 
 
 def to_tensor(picture, encoder):
     """(H, W, 3) uint8 -> (1, 3, H, W), normalised, on the encoder's device."""
-    return data.normalise(torch.from_numpy(picture).permute(2, 0, 1).float() / 255)[None].to(encoder.pos.device)
+    x = torch.from_numpy(picture).permute(2, 0, 1).float() / 255
+    return data.normalise(x)[None].to(encoder.pos.device)
 
 
 def resize(x, size, mode="bicubic"):
@@ -106,7 +108,8 @@ def look(model, picture, batch_size=64):
     step = max(1, size // patch // 4) * patch  # whole patches, so that those of all windows lie on one grid
     seen = []
     for zoom in ZOOMS:
-        sides = [size + step * round((zoom * size * side / min(x.shape[2:]) - size) / step) for side in x.shape[2:]]
+        large = [zoom * size * side / min(x.shape[2:]) for side in x.shape[2:]]
+        sides = [size + step * round((side - size) / step) for side in large]
         windows = resize(x, sides).unfold(2, size, step).unfold(3, size, step)[0]  # (3, rows, columns, S, S)
         parts = windows.permute(1, 2, 0, 3, 4).flatten(0, 1).split(batch_size)
         z, patches = (torch.cat(t).cpu() for t in zip(*(embed_dense(encoder, part) for part in parts)))
@@ -116,7 +119,7 @@ def look(model, picture, batch_size=64):
 
 
 def look_again(model, picture, boxes):
-    """Embeddings (K, E) of boxes (K, 4) alone, as squares with a margin; beyond its edge the picture's edge goes on."""
+    """Embeddings (K, E) of boxes (K, 4) alone, as squares with a margin; outside, the edge is repeated."""
     encoder = model.encoder("image").eval()
     x, cuts = to_tensor(picture, encoder), []
     for x0, y0, x1, y1 in boxes.tolist():
@@ -149,16 +152,19 @@ def heat_maps(picture, seen, empty, query, top):
     for level in seen:
         agree = ((level.patches - nothing) @ query.z.T).clamp(min=0)  # (W, N, Q)
         differ = 1 - (level.patches @ F.normalize(nothing, dim=-1).T).clamp(min=0)  # (W, N, 1)
-        spread = (match(level.z, empty.z, query, top)[:, None] * (agree + differ)).permute(2, 1, 0)  # (Q, N, W)
+        matches = match(level.z, empty.z, query, top)
+        spread = (matches[:, None] * (agree + differ)).permute(2, 1, 0)  # (Q, N, W)
         size = (n + step * (level.rows - 1), n + step * (level.columns - 1))
-        mean = F.fold(spread, size, n, stride=step) / F.fold(torch.ones_like(spread[:1]), size, n, stride=step)
-        heat = heat + F.interpolate(mean, cells, mode="bilinear", align_corners=False) / len(seen)  # (Q, 1, h, w)
+        count = F.fold(torch.ones_like(spread[:1]), size, n, stride=step)  # of windows over each patch
+        mean = F.fold(spread, size, n, stride=step) / count
+        mean = F.interpolate(mean, cells, mode="bilinear", align_corners=False)  # (Q, 1, h, w)
+        heat = heat + mean / len(seen)
     colours = resize(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255, cells, "bilinear")
     return guided_filter(colours, heat, RADIUS)[:, 0].clamp(0, 1)
 
 
 def guided_filter(guide, x, radius, eps=1e-4):
-    """Maps x (Q, 1, h, w) as locally linear functions of the colours of a guide (1, 3, h, w), whose edges they take.
+    """Maps x (Q, 1, h, w) as locally linear functions of a guide's colours (1, 3, h, w), with its edges.
 
     He et al., "Guided Image Filtering", 2010, equations 14 to 16.
     """
@@ -176,7 +182,7 @@ def guided_filter(guide, x, radius, eps=1e-4):
 
 
 def components(mask):
-    """Labels (h, w) of the connected parts (8 neighbours) of a mask, 0 outside: in each, the largest number spreads."""
+    """Labels (h, w) of a mask's connected parts (8 neighbours), 0 outside: each takes its largest number."""
     label = torch.arange(1.0, mask.numel() + 1).view(1, *mask.shape) * mask
     while True:
         spread = F.max_pool2d(label, 3, 1, 1) * mask
@@ -187,7 +193,8 @@ def components(mask):
 
 def box_iou(a, b):
     """Intersection over union of boxes (A, 4) and (B, 4), x0 y0 x1 y1: (A, B)."""
-    inner = (torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])).clamp(min=0).prod(dim=2)
+    inner = torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])
+    inner = inner.clamp(min=0).prod(dim=2)
     area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(dim=1) for x in (a, b))
     return inner / (area_a[:, None] + area_b - inner)
 
@@ -203,7 +210,7 @@ def non_maximum_suppression(boxes, scores, queries):
 
 
 def detect(model, picture, query, seen=None):
-    """Found of each query in a picture (H, W, 3) uint8; what `look` saw of it can be given, to ask several times."""
+    """Found of each query in a picture (H, W, 3) uint8. seen: what `look` saw of it, to ask several times."""
     seen, empty = seen or look(model, picture)
     top = max((query.scale * (level.z @ query.z.T)).max() for level in seen)
     heat = heat_maps(picture, seen, empty, query, top)
@@ -229,7 +236,8 @@ def pointed(found, q, size):
     """The hottest place (x, y) of a query in a picture of size (H, W): within its best box, if it has one."""
     heat, (H, W) = found.heat[q], size
     h, w = heat.shape
-    for x0, y0, x1, y1 in (found.boxes[found.queries == q][:1] / torch.tensor([W / w, H / h] * 2)).round().int().tolist():
+    cells = found.boxes[found.queries == q][:1] / torch.tensor([W / w, H / h] * 2)
+    for x0, y0, x1, y1 in cells.round().int().tolist():
         heat = F.pad(heat[y0:y1, x0:x1], (x0, w - x1, y0, h - y1), value=-1.0)
     y, x = divmod(int(heat.argmax()), w)
     return (x + 0.5) * W / w, (y + 0.5) * H / h
@@ -258,7 +266,7 @@ def toy_scene(index, width=384, height=256):
 
 
 def average_precision(found, scenes, q):
-    """Of one query over all scenes: the area, in steps, under precision against recall; NaN if no scene shows it.
+    """Average precision of one query over all scenes, the area under steps; NaN if no scene shows it.
 
     A box is right if its IoU is at least 0.5 with a thing of this concept that no better box has taken.
     """
@@ -272,37 +280,44 @@ def average_precision(found, scenes, q):
             scores.append(score)
     if not there or not any(hits):
         return 0.0 if there else float("nan")
-    area = evaluate.mean_average_precision(torch.stack(scores)[:, None], torch.tensor(hits)[:, None], torch.ones(1, 1))
+    truth = torch.tensor(hits)[:, None]
+    area = evaluate.mean_average_precision(torch.stack(scores)[:, None], truth, torch.ones(1, 1))
     return area.item() * sum(hits) / there
 
 
 def pointing(found, scenes):
     """Whether the hottest place of each thing's concept lies in its box: a bool per thing of all scenes."""
-    return [box[0] <= x <= box[2] and box[1] <= y <= box[3]
-            for f, (picture, concepts, boxes) in zip(found, scenes) for q, box in zip(concepts, boxes.tolist())
-            for x, y in [pointed(f, q, picture.shape[:2])]]
+    right = []
+    for f, (picture, concepts, boxes) in zip(found, scenes):
+        for q, (x0, y0, x1, y1) in zip(concepts, boxes.tolist()):
+            x, y = pointed(f, q, picture.shape[:2])
+            right.append(x0 <= x <= x1 and y0 <= y <= y1)
+    return right
 
 
 def toy_prompts(model):
     """A Query of all concepts by text prompts, by one held-out sound each, and by random directions."""
     world, prompts = ToyWorld("test", len(CONCEPTS), seed=6), {}
     if "text" in model.encoders:
-        prompts["text"] = query_of(model, "text", evaluate.class_embeddings(model, world.classes, world.templates))
+        z = evaluate.class_embeddings(model, world.classes, world.templates)
+        prompts["text"] = query_of(model, "text", z)
     if "audio" in model.encoders:
         prompts["audio"] = query_of(model, "audio", evaluate.embed_items(model, world, "audio").z)
-    noise = torch.randn(len(world), model.encoder("image").config.embed_dim, generator=torch.Generator().manual_seed(0))
+    width = model.encoder("image").config.embed_dim
+    noise = torch.randn(len(world), width, generator=torch.Generator().manual_seed(0))
     return prompts | {"random": query_of(model, "text", F.normalize(noise, dim=-1))}
 
 
 def measure_toy(model, count):
-    """Prints mAP and pointing by prompt. Every concept is asked of every scene, so all other things in it distract."""
+    """Prints mAP and pointing by prompt. Every concept is asked of every scene: other things distract."""
     scenes, prompts = [toy_scene(i) for i in range(count)], toy_prompts(model)
     found = {name: [] for name in prompts}
     for picture, _, _ in tqdm(scenes, desc="searching", leave=False, disable=None):
         seen = look(model, picture)
         for name, query in prompts.items():
             found[name].append(detect(model, picture, query, seen))
-    print(f"{count} scenes with {sum(len(c) for _, c, _ in scenes)} things, all {len(CONCEPTS)} concepts asked of each")
+    things = sum(len(concepts) for _, concepts, _ in scenes)
+    print(f"{count} scenes with {things} things, all {len(CONCEPTS)} concepts asked of each")
     print(f"{'prompted by':12}{'mAP@0.5':>9}{'pointing':>10}")
     for name in prompts:
         precision = torch.tensor([average_precision(found[name], scenes, q) for q in range(len(CONCEPTS))])
@@ -317,9 +332,10 @@ COLOURS = [(255, 196, 0), (0, 200, 255), (255, 92, 138), (120, 230, 90), (190, 1
 
 
 def draw(picture, found, names, insets, threshold, height=320):
-    """One sheet: the picture with the boxes above a threshold, then each query's heat map with its inset, if it has one."""
+    """One sheet: the picture with the boxes above a threshold, then each query's heat map, with any inset."""
     scale, font = height / len(picture), ImageFont.load_default(height // 18)
-    photo = Image.fromarray(picture).resize((round(picture.shape[1] * scale), height), Image.Resampling.LANCZOS)
+    width = round(picture.shape[1] * scale)
+    photo = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
     grey = photo.convert("L").convert("RGB").point(lambda v: v * 0.5)
     panels, pen = [photo], ImageDraw.Draw(photo)
     for box, score, q in zip((found.boxes * scale).tolist(), found.scores.tolist(), found.queries.tolist()):
@@ -345,29 +361,34 @@ def draw(picture, found, names, insets, threshold, height=320):
 def spectrogram(x):
     """A small picture of the first clip of a sound (clips, 1, bins, frames), low tones below."""
     x = x[0, 0].flip(0)
-    return Image.fromarray(((x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) * 255).byte().numpy()).resize((96, 64))
+    grey = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) * 255
+    return Image.fromarray(grey.byte().numpy()).resize((96, 64))
 
 
 def query_of(model, modality, z):
-    """Embeddings (Q, E) of a modality as a Query; one that was not trained against images takes the model's largest scale."""
+    """Embeddings (Q, E) of a modality as a Query; without training against images, with the largest scale."""
     scale = model.logit_scale("image", modality) or max(model.pairs.values(), default=20.0)
     return Query(z, torch.full((len(z),), scale))
 
 
 def toy_show(model):
-    """A toy scene; the sounds (without an audio encoder, the names) of its first three things, and those of all others."""
+    """A toy scene; the sounds (names, without an audio encoder) of its first three things; all others."""
     picture, concepts, _ = toy_scene(SHOWN)
     world, m = ToyWorld("test", len(CONCEPTS), seed=6), "audio" if "audio" in model.encoders else "text"
     order = concepts[:3] + [c for c in range(len(world)) if c not in concepts[:3]]
-    items = [(m, f"{m}: {world.classes[c]}", data.transform(m, world.read(c, m), model.encoder(m).config)) for c in order]
+    items = []
+    for c in order:
+        x = data.transform(m, world.read(c, m), model.encoder(m).config)
+        items.append((m, f"{m}: {world.classes[c]}", x))
     return picture, items[:3], items[3:]
 
 
 def read_files(model, args):
-    """The picture, what to find in it as (modality, name, tensor), and what competes, that the command line names."""
+    """What the command line names: picture, what to find in it (modality, name, tensor), what competes."""
     def load(m, item):
         evaluate.require_joined(model, None, m)
-        return m, item if m == "text" else f"{m}: {Path(item).stem}", data.load(m, item, model.encoder(m).config)
+        name = item if m == "text" else f"{m}: {Path(item).stem}"
+        return m, name, data.load(m, item, model.encoder(m).config)
 
     asked = [load(m, item) for m in MODALITIES for item in getattr(args, f"ask_{m}")]
     with data.errors_named(args.image):
@@ -379,8 +400,9 @@ def main():
     add = parser.add_argument
     add("--image", help="the picture to search (default: toy scenes)")
     for m in MODALITIES:
-        add(f"--{'like' if m == 'image' else m}", dest=f"ask_{m}", nargs="+", default=[], help=f"{m} of what to find")
-    add("--against", nargs="+", default=[], metavar="TEXT", help="other things, by name: they compete but are not drawn")
+        option = "--like" if m == "image" else f"--{m}"
+        add(option, dest=f"ask_{m}", nargs="+", default=[], help=f"{m} of what to find")
+    add("--against", nargs="+", default=[], metavar="TEXT", help="other things that compete, not drawn")
     add("--out", default="found.png", help="boxes and heat maps are drawn to this file")
     add("--threshold", type=float, default=0.2, help="of the scores of drawn boxes")
     add("--scenes", type=cli.positive, default=100, help="toy scenes to measure on")
@@ -388,7 +410,8 @@ def main():
     add("--heads", type=cli.parse_heads, help="attention heads where the file does not say: image=16,text=12")
     args = parser.parse_args()
     if bool(args.image) != any(getattr(args, f"ask_{m}") for m in MODALITIES):
-        raise cli.UsageError("--image and what to find in it go together: --audio dog.wav, --text 'a car', --like cat.jpg")
+        raise cli.UsageError("--image and what to find in it go together: --audio dog.wav, --text 'a car', "
+                             "--like cat.jpg")
     if args.checkpoint is None:
         args.checkpoint = cli.newest_run()
         print(f"checkpoint: {args.checkpoint}")

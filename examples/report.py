@@ -65,7 +65,8 @@ def heat_map(x, modality):
     low, high = np.percentile(x, (1, 99))
     ramp = np.array([[int(colour[i : i + 2], 16) for i in (0, 2, 4)] for colour in RAMPS[modality]])  # (R, 3)
     place = ((x - low) / max(high - low, 1e-9)).clip(0, 1) * (len(ramp) - 1)
-    return np.stack([np.interp(place, np.arange(len(ramp)), ramp[:, c]) for c in range(3)], -1).astype(np.uint8)
+    channels = [np.interp(place, np.arange(len(ramp)), ramp[:, c]) for c in range(3)]
+    return np.stack(channels, -1).astype(np.uint8)
 
 
 def sound(x, seconds=3):
@@ -77,7 +78,8 @@ def sound(x, seconds=3):
     with wave.open(file, "wb") as out:
         out.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         out.writeframes((x[0] / x.abs().max().clamp(min=1e-9) * 29000).numpy().astype("<i2").tobytes())
-    return picture(heat_map(mel, "audio"), "audio") + f'<audio controls src="{uri("audio/wav", file.getvalue())}"></audio>'
+    player = f'<audio controls src="{uri("audio/wav", file.getvalue())}"></audio>'
+    return picture(heat_map(mel, "audio"), "audio") + player
 
 
 def motion(x):
@@ -87,7 +89,8 @@ def motion(x):
         sensor = x[channel // 3 * 3 :][:3]
         level = 48 - 44 * (values - sensor.min()) / max(np.ptp(sensor), 1e-9) + 50 * (channel // 3)
         lines += line([(100 * i / (len(values) - 1), y) for i, y in enumerate(level)], f"axis{channel % 3}")
-    return f'<svg class="imu" viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="imu">{lines}</svg>'
+    return (f'<svg class="imu" viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+            f'aria-label="imu">{lines}</svg>')
 
 
 def line(points, kind):
@@ -100,7 +103,8 @@ def draw(source, index, modality):
     if modality == "text":
         return f'<q class="{"long" if len(x) > 60 else ""}">{escape(x)}</q>'
     if modality == "video":
-        frames = x.frames(np.linspace(0, x.count - 1, 4).astype(int).tolist()).permute(0, 2, 3, 1).numpy()  # (4, H, W, 3)
+        frames = x.frames(np.linspace(0, x.count - 1, 4).astype(int).tolist())
+        frames = frames.permute(0, 2, 3, 1).numpy()  # (4, H, W, 3)
         return '<div class="frames">' + "".join(picture(frame, "video") for frame in frames) + "</div>"
     if modality in ("audio", "imu"):
         return {"audio": sound, "imu": motion}[modality](x)
@@ -136,9 +140,11 @@ def chip(modality):
 
 def bars(rows):
     """Rows of (HTML label, share, class, note) as bars."""
-    return '<div class="bars">' + "".join(
-        f'<span>{label}</span><i class="{kind}" style="--v:{share:.3f}"></i><span><b>{share:.1%}</b> {note}</span>'
-        for label, share, kind, note in rows) + "</div>"
+    body = ""
+    for label, share, kind, note in rows:
+        body += f'<span>{label}</span><i class="{kind}" style="--v:{share:.3f}"></i>'
+        body += f"<span><b>{share:.1%}</b> {note}</span>"
+    return f'<div class="bars">{body}</div>'
 
 
 def matrix_table(model, modalities, recall):
@@ -163,7 +169,8 @@ def read_log(path):
             events.append(json.loads(text))
         except ValueError:  # the last line, of a run that is being written
             continue
-    for pair, group in itertools.groupby((e for e in events if e["event"] == "step"), key=lambda e: e["pair"]):
+    steps = [e for e in events if e["event"] == "step"]
+    for pair, group in itertools.groupby(steps, key=lambda e: e["pair"]):
         starts[pair], end = end, end + max(e["step"] for e in group)
     return events, starts, end
 
@@ -173,19 +180,21 @@ def loss_lines(events, starts):
     for pair, start in starts.items():
         steps = [(start + e["step"], e["loss"]) for e in events if e["event"] == "step" and e["pair"] == pair]
         size = math.ceil(len(steps) / 150)
-        yield pair, pair.split("-")[-1], [np.mean(steps[i : i + size], 0).tolist() for i in range(0, len(steps), size)]
+        means = [np.mean(steps[i : i + size], 0).tolist() for i in range(0, len(steps), size)]
+        yield pair, pair.split("-")[-1], means
 
 
 def emergence_lines(model, events, starts):
-    """R@1 (mean of both ways) during each pair's training: of the pair, and of what its modalities never met."""
+    """R@1 (mean of both ways) during each pair's training, of the pair and of what was never trained."""
     lines = {}
     for event in (e for e in events if e["event"] == "eval" and e.get("pair") in starts and "step" in e):
         recall, pair = event["retrieval_r1"], event["pair"].split("-")
         for a, b in itertools.combinations(dict.fromkeys(m for key in recall for m in key.split("->")), 2):
             trained = evaluate.trained_together(model, a, b)
             if f"{a}->{b}" in recall and (not trained or {a, b} == set(pair)):
-                points = lines.setdefault((f"{a} ↔ {b}" + ", trained" * trained, pair[-1] + " dashed" * trained), [])
-                points.append((starts[event["pair"]] + event["step"], (recall[f"{a}->{b}"] + recall[f"{b}->{a}"]) / 2))
+                key = f"{a} ↔ {b}" + ", trained" * trained, pair[-1] + " dashed" * trained
+                both_ways = (recall[f"{a}->{b}"] + recall[f"{b}->{a}"]) / 2
+                lines.setdefault(key, []).append((starts[event["pair"]] + event["step"], both_ways))
     return [(label, kind, points) for (label, kind), points in lines.items()]
 
 
@@ -197,16 +206,21 @@ def chart(title, lines, end, top, form="{:g}"):
     for _, kind, points in lines:
         scaled = [(100 * x / end, 100 - 100 * min(y / top, 1)) for x, y in points]
         body += line(scaled, kind) + line([scaled[-1], scaled[-1]], kind + " dot")
-    labels = "".join(f'<span class="y" style="bottom:{100 * y / top:.1f}%">{form.format(y)}</span>' for y in marks)
-    legend = "".join(f'<span><i class="{escape(kind)}"></i>{escape(label)}</span>' for label, kind, _ in lines)
+    labels, legend = "", ""
+    for y in marks:
+        labels += f'<span class="y" style="bottom:{100 * y / top:.1f}%">{form.format(y)}</span>'
+    for label, kind, _ in lines:
+        legend += f'<span><i class="{escape(kind)}"></i>{escape(label)}</span>'
     return (f'<figure class="chart"><h3>{title}</h3><div class="plot">{labels}<svg viewBox="0 0 100 100" '
-            f'preserveAspectRatio="none">{body}</svg></div><div class="x"><span>0</span><span>{end:,} steps</span></div>'
+            f'preserveAspectRatio="none">{body}</svg></div>'
+            f'<div class="x"><span>0</span><span>{end:,} steps</span></div>'
             f'<figcaption>{legend}</figcaption></figure>')
 
 
 def curves(model, events, starts, end):
     loss, emergent = list(loss_lines(events, starts)), emergence_lines(model, events, starts)
-    items = "Held-out items" if all(e.get("held_out", True) for e in events if e["event"] == "eval") else "Training items"
+    held_out = all(e.get("held_out", True) for e in events if e["event"] == "eval")
+    items = "Held-out items" if held_out else "Training items"
     body = chart("Loss", loss, end, max(y for _, _, points in loss for _, y in points) or 1)
     if emergent:
         body += chart(f"{items} that find theirs first", emergent, end, 1.0, "{:.0%}")
@@ -228,7 +242,8 @@ def gallery(model, source, embedded, a, b, recall, opened):
     for i in draw_at_random(len(q))[:QUERIES]:
         nearest = (q[i] @ g.T).topk(min(FOUND, len(g))).indices.tolist()
         hits = "".join(card(source, int(found[n]), b, bool(gl[n] == ql[i])) for n in nearest)
-        body += f'<div class="row">{card(source, int(rows[i]), a)}<span class="to">→</span><div class="hits">{hits}</div></div>'
+        query = card(source, int(rows[i]), a)
+        body += f'<div class="row">{query}<span class="to">→</span><div class="hits">{hits}</div></div>'
     kind = "trained together" if evaluate.trained_together(model, a, b) else "emergent"
     return (f'<details{" open" * opened}><summary>{chip(a)} → {chip(b)} <small>{kind}, R@1 '
             f"{recall[f'{a}->{b}']:.1%}</small></summary>{body}</details>")
@@ -241,12 +256,13 @@ def galleries(model, source, embedded, recall):
         evaluate.trained_together(model, *pair), (order.index(pair[1]) - order.index(pair[0])) % len(order)))
     body = "".join(gallery(model, source, embedded, a, b, recall, n < 4) for n, (a, b) in enumerate(pairs))
     right = "of the same class" if source.classes else "the same item"
-    return section("Ask with one sense, answer in another", "Queries drawn at random, and the nearest of each. "
-                   f"✓ is {right}, ✗ is not.", f'<div class="galleries">{body}</div>')
+    note = f"Queries drawn at random, and the nearest of each. ✓ is {right}, ✗ is not."
+    body = f'<div class="galleries">{body}</div>'
+    return section("Ask with one sense, answer in another", note, body)
 
 
 def sums(source, embedded, parts):
-    """Rows on a user's data: an item, another's in the second modality, what their sum finds among the others."""
+    """Rows on a user's data: an item, another in the second modality, what their sum finds among others."""
     p, rows, _, _ = embedded[parts[0]]
     s, others, _, _ = embedded[parts[1]]
     g, found = p, rows
@@ -255,7 +271,8 @@ def sums(source, embedded, parts):
         a, b = int(rows[i]), int(others[j])
         scores = (F.normalize(p[i] + s[j], dim=0) @ g.T).masked_fill((found == a) | (found == b), -torch.inf)
         hits = scores.topk(min(FOUND, max(0, len(g) - 2))).indices
-        yield card(source, a, parts[0]), card(source, b, parts[1]), [card(source, int(found[n]), parts[0]) for n in hits]
+        hits = [card(source, int(found[n]), parts[0]) for n in hits]
+        yield card(source, a, parts[0]), card(source, b, parts[1]), hits
 
 
 def toy_sums(result, size):
@@ -281,20 +298,28 @@ def arithmetic(model, source, embedded, args):
                                   by_parts=parts[0] == "image")
         result = evaluate.toy_arithmetic(args, model)
         rows = toy_sums(result, args.scenes)
-        names = {"sum": f"{parts[0]} + {parts[1]}", "first alone": f"{parts[0]} alone", "second alone": f"{parts[1]} alone"}
+        names = {"sum": f"{parts[0]} + {parts[1]}", "first alone": f"{parts[0]} alone",
+                 "second alone": f"{parts[1]} alone"}
         head = bars([(name, result[key], key, "") for key, name in names.items()])
-        text = f"Of {result['queries']} sums, those that find, first of {result['items']}, a scene that shows both things."
-        text += " Pictures are searched by five squares of each, of which the best counts for each thing." * args.by_parts
+        text = (f"Of {result['queries']} sums, those that find, first of {result['items']}, "
+                "a scene that shows both things.")
+        if args.by_parts:
+            text += " Pictures are searched by five squares of each, of which the best counts for each thing."
     else:
         rows = sums(source, embedded, parts)
-    body = "".join(f'<div class="row sum">{a}<span class="to">+</span>{b}<span class="to">=</span><div class="hits">'
-                   f'{"".join(hits)}</div></div>' for a, b, hits in rows)
+    body = ""
+    for a, b, hits in rows:
+        body += f'<div class="row sum">{a}<span class="to">+</span>{b}<span class="to">=</span>'
+        body += f'<div class="hits">{"".join(hits)}</div></div>'
     return section("Adding what is seen and heard", text, head + body)
 
 
 def opening(name, model, source, embedded, recall):
     """The headline, the main figures, and one item in every modality."""
-    emergent = {key: value for key, value in recall.items() if not evaluate.trained_together(model, *key.split("->"))}
+    emergent = {}
+    for key, value in recall.items():
+        if not evaluate.trained_together(model, *key.split("->")):
+            emergent[key] = value
     best = max(emergent or recall, key=recall.get)
     a, b = best.split("->")
     chance = 1 / len(embedded[b].labels.unique())
@@ -310,10 +335,12 @@ def opening(name, model, source, embedded, recall):
     senses = ""
     if shared:
         index = sorted(shared)[len(shared) * 2 // 5]
-        more = [m for m in MODALITIES if encoder_of(m) in model.encoders and m in source.columns and m not in embedded]
+        more = [m for m in MODALITIES if encoder_of(m) in model.encoders and m in source.columns]
+        more = [m for m in more if m not in embedded]
         senses = "".join(card(source, index, m, note=m) for m in [*embedded, *more])
         senses = f'<h3>One thing, in every sense</h3><div class="senses">{senses}</div>'
-    return (f'<header><small>{escape(name)}</small><h1>What {"emerged" if emergent else "was learned"}</h1><p>{text}</p>'
+    what = "emerged" if emergent else "was learned"
+    return (f"<header><small>{escape(name)}</small><h1>What {what}</h1><p>{text}</p>"
             f'<div class="tiles">{body}</div>{senses}</header>')
 
 
@@ -326,13 +353,16 @@ def page(name, model, source, args, log):
     if len(modalities) < 2:
         raise cli.UsageError("a report needs two modalities at least that both have: the checkpoint has "
                                   f"{', '.join(model.encoders)}, the data have {', '.join(source.columns)}")
-    embedded = {m: evaluate.embed_items(model, source, m, args.batch_size, args.workers, args.limit) for m in modalities}
+    embedded = {}
+    for m in modalities:
+        embedded[m] = evaluate.embed_items(model, source, m, args.batch_size, args.workers, args.limit)
     recall, zeroshot = evaluate.pairwise(model, source, embedded)
     if not recall:
         raise cli.UsageError(f"nothing joins any of {', '.join(modalities)} in this checkpoint (its pairs: "
                                   f"{', '.join(model.pairs) or 'none'}): scores would be noise")
     bad = list(dict.fromkeys(item for items in embedded.values() for item in items.bad))
-    note = "R@1 in %: how often the nearest item of the column's modality is right, for the items of the row's."
+    note = ("R@1 in %: how often the nearest item of the column's modality is right, "
+            "for the items of the row's.")
     legend = "".join(f'<span class="{kind}"></span>{words}' for kind, words in (
         ("emergent", "never trained together"), ("trained", "trained together")))
     parts = [opening(name, model, source, embedded, recall),
@@ -341,28 +371,32 @@ def page(name, model, source, args, log):
     if zeroshot:
         rows = [(chip(m), share, m, "" if evaluate.trained_together(model, m, "text") else "emergent")
                 for m, share in zeroshot.items()]
-        parts.append(section("Named by text", "Items whose class is the nearest of all classes' text prompts.", bars(rows)))
+        said = "Items whose class is the nearest of all classes' text prompts."
+        parts.append(section("Named by text", said, bars(rows)))
     if log[1]:
         parts.append(curves(model, *log))
     parts.append(galleries(model, source, embedded, recall))
     if "image" in modalities:
         parts.append(arithmetic(model, source, embedded, args))
     names = "".join(f"<li>{escape(item.reason)}</li>" for item in bad[:100])
-    parts.append(f"<footer>{len(bad)} items could not be read, {source.absent} are absent.<ul>{names}</ul></footer>")
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-            f'content="{POLICY}"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
-            f'content="light dark"><title>{escape(name)}</title><style>{STYLE}</style></head><body><main>{"".join(parts)}'
+    left_out = f"{len(bad)} items could not be read, {source.absent} are absent."
+    parts.append(f"<footer>{left_out}<ul>{names}</ul></footer>")
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            '<meta name="color-scheme" content="light dark">'
+            f"<title>{escape(name)}</title><style>{STYLE}</style></head><body><main>{''.join(parts)}"
             "</main></body></html>\n")
 
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run's folder, or whatever evaluate.py's --checkpoint takes")
-    parser.add_argument("--data", help="toy, a manifest (CSV), tar shards, or NAME:ROOT (default: what the run is evaluated on, "
-                        "else toy)")
-    parser.add_argument("--allow-outside", action="store_true", help="read files outside a manifest's folder, too (default: as "
-                        "the run did)")
-    parser.add_argument("--heads", type=cli.parse_heads, help="attention heads where no file says: image=16,text=12")
+    parser.add_argument("--data", help="toy, a manifest (CSV), tar shards, or NAME:ROOT "
+                        "(default: what the run is evaluated on, else toy)")
+    parser.add_argument("--allow-outside", action="store_true",
+                        help="read files outside a manifest's folder, too (default: as the run did)")
+    parser.add_argument("--heads", type=cli.parse_heads, help="heads where no file says: image=16,text=12")
     parser.add_argument("--out", help="the file to write (default: report.html in the run's folder)")
     parser.add_argument("--limit", type=cli.positive, help="look at the first so many rows of the data alone")
     parser.add_argument("--batch-size", type=cli.positive, default=64)
@@ -372,11 +406,13 @@ def main():
     folder = path if path.is_dir() else path.parent
     config = json.loads((folder / "config.json").read_text()) if (folder / "log.jsonl").is_file() else {}
     spec = args.data or config.get("eval_data") or config.get("data") or "toy"
-    outside = args.allow_outside or not args.data and config.get("allow_outside", False)  # the run's for the run's data alone
+    # What the run was allowed holds for the run's data alone.
+    outside = args.allow_outside or not args.data and config.get("allow_outside", False)
     args.data = spec
     source = open_data(spec, "test", allow_outside=outside)
     model = cli.load_model(args.checkpoint, args.heads).to(cli.choose_device())
-    text = page(f"{folder.name if config else path.name} on {spec}", model, source, args, read_log(folder / "log.jsonl"))
+    name = f"{folder.name if config else path.name} on {spec}"
+    text = page(name, model, source, args, read_log(folder / "log.jsonl"))
     out = Path(args.out) if args.out else (folder if config else Path()) / "report.html"
     out.write_text(text, encoding="utf-8")
     print(f"{out}: {len(text) / 1e6:.1f} MB, for any browser")

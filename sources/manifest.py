@@ -55,7 +55,7 @@ class Table(Source):
         self.columns = [column for column in self.header if column in MODALITIES]
         self.multi_label = "labels" in self.header
         if classes is not None:
-            self.names_by_label = classes
+            self.names_by_label = classes  # instead of Source's, which reads every row
         if not self.columns or len(self) < 1:
             found = ", ".join(self.header)[:100] or "empty"
             raise DataError(f"{path}: a manifest is a CSV with a header naming modalities "
@@ -71,7 +71,7 @@ class Table(Source):
         """SHA-256 of the table and, given a modality, of path, size and time of each of its files."""
         digest = hashlib.sha256()
         with self.open_csv() as file:
-            while chunk := file.read(1 << 22):
+            while chunk := file.read(1 << 22):  # 4 MB
                 digest.update(chunk)
         if modality in (None, "text"):
             return digest.hexdigest()
@@ -94,15 +94,15 @@ class Table(Source):
         if size > MAX_ROW:
             raise DataError(f"a row of {size:,} bytes: is there a quote that opens and never closes?")
         file.seek(self.offsets[line])
-        text = file.read(size).decode("utf-8-sig")
+        text = file.read(size).decode("utf-8-sig")  # Excel writes a byte order mark
         return next(csv.reader(io.StringIO(text, newline="")), [])
 
     def parse_row(self, index, file):
         cells = self.cells(index + 1, file)
         width = len(self.header)
-        if any(cells[width:]):
+        if any(cells[width:]):  # empty ones are what a spreadsheet leaves behind
             raise DataError(f"{len(cells)} cells under {width} columns; a text with commas must be quoted")
-        cells += [""] * (width - len(cells))
+        cells += [""] * (width - len(cells))  # a short row lacks its last cells
         return dict(zip(self.header, cells))
 
     def row(self, index):
@@ -131,6 +131,7 @@ class Table(Source):
 
     def locate(self, cell):
         """The path that a cell names. Raises DataError where it may not be read."""
+        # by the letters alone: a link inside the folder is the user's own and is followed
         leads_out = Path(cell).anchor or Path(os.path.normpath(cell)).parts[:1] == ("..",)
         if leads_out and not self.allow_outside:
             raise DataError(f"{cell}: outside the manifest's folder, read only with --allow-outside")
@@ -158,7 +159,7 @@ def row_offsets(file):
     at = quotes = 0  # bytes read; whether the next one is inside quotes
     while chunk := file.read(1 << 20):
         content = np.frombuffer(chunk, np.uint8)
-        inside = (quotes + np.cumsum(content == ord('"'))) % 2
+        inside = (quotes + np.cumsum(content == ord('"'))) % 2  # (bytes,): 1 after an odd number of quotes
         ends = np.flatnonzero((content == ord("\n")) & (inside == 0))
         found.append(ends + at + 1)
         at += len(chunk)
@@ -182,7 +183,7 @@ def read_file(modality, path, row):
     if modality == "depth":
         given = {key: float(row[key]) for key in ("baseline", "focal_length", "sunrgbd") if row.get(key)}
         return READERS["depth"](path, **given)
-    if not row.get("start"):
+    if not row.get("start"):  # `seconds` alone is only a fact about the file
         return READERS[modality](path)
     if not row.get("seconds"):
         raise DataError(f"start is {row['start']}, but seconds is empty or no column: a clip needs both")
@@ -194,7 +195,7 @@ def read_clip(modality, path, start, seconds):
     if modality == "imu":
         return read_imu(imu_window(path, start, seconds))
     if modality == "audio":
-        x = READERS["audio"](path, start, seconds)
+        x = READERS["audio"](path, start, seconds)  # (channels, T), which may be cut already
         first, last = clip_in_file(x.shape[1], SAMPLE_RATE, start, seconds)
         return x[:, first:last]
     x = READERS["video"](path)
@@ -218,7 +219,7 @@ def clip_in_file(size, rate, start, seconds):
 def cut_box(picture, box):
     """The part of (H, W, ...) inside a box, "x0 y0 x1 y1" in pixels."""
     x0, y0, x1, y1 = map(int, box.split())
-    part = picture[y0:y1, x0:x1]
+    part = picture[y0:y1, x0:x1]  # numpy cuts a box that sticks out
     if 0 in part.shape:
         raise DataError(f"the box {box} is not in the picture")
     return part
@@ -236,7 +237,7 @@ def imu_window(path, start, seconds):
 
         def row_from(byte):
             """The first whole row from a byte on."""
-            file.seek(byte - 1)
+            file.seek(byte - 1)  # where a row begins at this very byte, its newline is read first
             file.readline()
             return file.readline()
 

@@ -81,6 +81,7 @@ def files_of_clip(files, *keys):
 
 def youtube_keys(stem):
     """The id of 11 characters in ID, ID_anything, YID or YID_anything; in the latter two with their Y."""
+    # an id may itself begin with Y, so both are possible
     lengths = (11, 12) if stem.startswith("Y") else (11,)
     return [stem[:n] for n in lengths if len(stem) == n or stem[n : n + 1] in ("_", "-", ".", " ")]
 
@@ -94,7 +95,7 @@ def lines_of(root, name, delimiter=","):
     """Cells of each line of a table below the root that is not empty."""
     require_file(root, name)
     with open(root / name, newline="", encoding="utf-8-sig") as file:
-        yield from filter(None, csv.reader(file, delimiter=delimiter, skipinitialspace=True))
+        yield from filter(None, csv.reader(file, delimiter=delimiter, skipinitialspace=True))  # none empty
 
 
 def dicts_of(root, name):
@@ -124,11 +125,11 @@ def audioset(root, split):
     names = [f"{part}_segments.csv" for part in parts]
     present = [name for name in names if (root / name).is_file()]
     files = files_below(root, keys_of=youtube_keys)
-    for name in present or names[:1]:
+    for name in present or names[:1]:  # if there is none, the error names the first
         for line in lines_of(root, name):
-            if line[0].startswith("#"):
+            if line[0].startswith("#"):  # three lines at the head
                 continue
-            clip, start, end, labels = line
+            clip, start, end, labels = line  # ID, seconds, seconds, "/m/04rlf,/m/09x0r"
             yield {"labels": labels.replace(",", "|"), "start": start, "seconds": float(end) - float(start),
                    **files_of_clip(files, clip, "Y" + clip)}
 
@@ -142,13 +143,14 @@ def esc50(root, split):
     sounds = files_below(root, "audio")["audio"]
     for line in dicts_of(root, "meta/esc50.csv"):
         path = sounds.get(Path(line["filename"]).stem)
+        # ESC-50 has underscores for the spaces of its names
         yield {"audio": path, "label": line["category"].replace("_", " "), "fold": line["fold"]}
 
 
 def vggsound(root, split):
     files = files_below(root)
     for clip, start, label, part in lines_of(root, "vggsound.csv"):
-        if part == split:
+        if part == split:  # a file is named by its start, in six digits
             yield {"label": label, **files_of_clip(files, f"{clip}_{int(float(start)):06d}")}
 
 
@@ -170,7 +172,7 @@ def audiocaps(root, split):
     """Clips of 10 s, some with several captions; their files are named by YouTube's id or the set's own."""
     files = files_below(root, keys_of=lambda stem: [stem, *youtube_keys(stem)])
     for line in dicts_of(root, f"{split}.csv"):
-        clip, start = line["youtube_id"], line["start_time"]
+        clip, start = line["youtube_id"], line["start_time"]  # several clips may come from one video
         yield {**files_of_clip(files, clip, "Y" + clip, line["audiocap_id"]), "text": line["caption"],
                "start": start, "seconds": 10, "item": f"{clip} {start}"}
 
@@ -179,13 +181,13 @@ def audiocaps(root, split):
 # Depth
 
 SENSORS = {"kv1": 0.075, "kv2": 0.075, "realsense": 0.095, "xtion": 0.095}  # baseline in metres
+# Scenes as scene.txt calls them
 SUN_CLASSES = (
-    "bathroom", "bedroom", "classroom", "computer_room", "conference_room", "corridor", "dining_area",
-    "dining_room", "discussion_area", "furniture_store", "home_office", "kitchen", "lab", "lecture_theatre",
-    "library", "living_room", "office", "rest_space", "study_space")
+    "bathroom bedroom classroom computer_room conference_room corridor dining_area dining_room "
+    "discussion_area furniture_store home_office kitchen lab lecture_theatre library living_room office "
+    "rest_space study_space").split()
 NYU_CLASSES = (
-    "bedroom", "kitchen", "living_room", "bathroom", "dining_room", "office", "home_office", "classroom",
-    "bookstore")
+    "bedroom kitchen living_room bathroom dining_room office home_office classroom bookstore").split()
 NYU_OTHERS = (
     "basement|cafe|computer lab|conference room|dinette|exercise room|foyer|furniture store|home storage|"
     "indoor balcony|laundry room|office kitchen|playroom|printer room|reception room|student lounge|study|"
@@ -222,7 +224,7 @@ def scene_rows(root, split, folders):
         raise DataError(f"no folder {' or '.join(folders)} in it")
     for folder in folders:
         for place, inside, _ in os.walk(root / folder):
-            inside.sort()
+            inside.sort()  # and os.walk goes on in this order
             if "image" not in inside:
                 continue
             inside.clear()  # a scene holds no others
@@ -232,6 +234,7 @@ def scene_rows(root, split, folders):
 
 
 def scene_row(root, scene):
+    """The row of one scene, empty if one of its files is missing or holds something else."""
     try:
         pictures = list(files_below(root, f"{scene}/image")["image"].values())
         depths = list(files_below(root, f"{scene}/depth_bfx")["image"].values())
@@ -269,8 +272,8 @@ def matlab_strings(path, name):
     except ImportError:
         raise DataError(f"{path.name} needs scipy: pip install scipy. Or make a test.txt beside the sensors' "
                         "folders, with a test folder per line") from None
-    cells = loadmat(path, variable_names=[name], squeeze_me=True).get(name, [])
-    return [str(cell) for cell in np.atleast_1d(cells)]
+    cells = loadmat(path, variable_names=[name], squeeze_me=True).get(name, [])  # (n,) of str
+    return [str(cell) for cell in np.atleast_1d(cells)]  # a single one is squeezed to no axis at all
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,6 +284,7 @@ def llvip(root, split):
     """Training: aligned pictures. Test: their people, and as many boxes of the same shapes without people."""
     thermal = files_below(root, f"infrared/{split}")["image"]
     visible = files_below(root, f"visible/{split}")["image"]
+    # training needs no boxes, and not everyone downloads them
     notes = files_below(root, "Annotations")["annotation"] if split == "test" else {}
     for stem in sorted(thermal | visible):
         whole = stem in thermal and stem in visible and (split == "train" or stem in notes)
@@ -328,9 +332,10 @@ def read_boxes(path):
 def free_box(person, people, size, rng, tries=1000):
     """A random box of a person's shape that overlaps nobody; None if there is none."""
     shape = person[2:] - person[:2]
-    first = rng.integers(0, size - shape + 1, (tries, 2))  # (tries, 2)
+    first = rng.integers(0, size - shape + 1, (tries, 2))  # corners (tries, 2), anywhere in the picture
     last = first + shape
-    apart = (first[:, None] >= people[:, 2:]) | (last[:, None] <= people[:, :2])  # (tries, people, 2)
+    # two boxes are apart if they are so along x or along y: (tries, people, 2)
+    apart = (first[:, None] >= people[:, 2:]) | (last[:, None] <= people[:, :2])
     free = np.flatnonzero(apart.any(2).all(1))
     if shape.min() <= 0 or not len(free):
         return None
@@ -348,13 +353,13 @@ def ego4d(root, split):
     files = files_below(root)
     for video in ego4d_videos(root):
         uid = video["video_uid"]
-        if (zlib.crc32(uid.encode()) % 5 == 0) != (split == "test"):
+        if (zlib.crc32(uid.encode()) % 5 == 0) != (split == "test"):  # crc32 is the same on every machine
             continue
         if uid not in files["imu"]:
             yield {}
             continue
         path = files["imu"][uid]
-        told = {}
+        told = {}  # window: its first narration
         for note in video.get("narrations", []):
             told.setdefault(int(note["timestamp_sec"] // WINDOW), note["narration_text"])
         first, last = imu_span(root / path)
@@ -381,7 +386,7 @@ def imu_span(path):
     with open(path, "rb") as file:
         time = file.readline().decode().strip().split(",").index("canonical_timestamp_ms")
         first = file.readline()
-        file.seek(max(0, path.stat().st_size - 4096))
+        file.seek(max(0, path.stat().st_size - 4096))  # rows are short: the last one is in the last 4 kB
         last = file.read().splitlines()[-1]
     return [float(line.split(b",")[time]) / 1000 for line in (first, last)]
 
@@ -397,6 +402,7 @@ def imagenet(root, split):
 
 
 def imagenet_classes(root):
+    # n01440764 tench, Tinca tinca
     lines = [line.split(" ", 1) for line, *_ in lines_of(root, "LOC_synset_mapping.txt", "\t")]
     return {label: names.split(",")[0] for label, names in lines}
 
@@ -404,6 +410,7 @@ def imagenet_classes(root):
 def places365(root, split):
     part, folder = {"train": ("train_standard", "data_256"), "test": ("val", "val_256")}[split]
     pictures = files_below(root, folder)["image"].values()
+    # the lists name files below that folder; those of training begin with a slash
     pictures = {Path(path).relative_to(folder).as_posix(): path for path in pictures}
     for name, label in lines_of(root, f"places365_{part}.txt", " "):
         yield {"image": pictures.get(name.lstrip("/")), "label": label}
@@ -413,7 +420,7 @@ def places365_classes(root):
     """By index: /a/apartment_building/outdoor is "outdoor apartment building"."""
     classes = {}
     for name, label in lines_of(root, "categories_places365.txt", " "):
-        words = name.split("/")[2:]
+        words = name.split("/")[2:]  # after "" and the first letter
         classes[label] = " ".join(reversed(words)).replace("_", " ")
     return classes
 
@@ -469,14 +476,14 @@ def open_dataset(name, root, split):
     content = io.BytesIO()  # a CSV, because millions of dicts would not fit
     file = io.TextIOWrapper(content, encoding="utf-8", newline="", write_through=True)
     writer = csv.writer(file, lineterminator="\n")
-    header = {}  # keys of all rows so far, in order: an earlier row lacks the last cells
+    header = {}  # keys of all rows so far, in order: an earlier row lacks the later ones, which Table allows
     labels = set()
     absent = 0
     with errors_named(f"{name}:{root}"):
         if not root.is_dir():
             raise DataError("no such folder")
         for row in dataset.rows(root, split):
-            labels.add(row.get("label"))
+            labels.add(row.get("label"))  # of absent items, too: chance depends on the number of classes
             if not any(row.get(m) for m in MODALITIES if m != "text"):
                 absent += 1
                 continue
@@ -495,13 +502,16 @@ def open_dataset(name, root, split):
 
 def find_dataset(root, name):
     """The folder at most two levels below the root that holds the data set, or None."""
-    dataset = DATASETS[name]
     for folder in (root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))):
-        found = folder / dataset.marker
-        if found.is_dir() and not dataset.word:
+        if is_marked(folder / DATASETS[name].marker, DATASETS[name].word):
             return folder
-        if found.is_file():
-            with found.open(encoding="utf-8", errors="replace") as file:
-                if dataset.word in file.readline():
-                    return folder
     return None
+
+
+def is_marked(path, word):
+    if not word:
+        return path.exists()
+    if not path.is_file():
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return word in file.readline()

@@ -126,7 +126,7 @@ class ToyWorld(Source):
     canvas = 40  # pixels; an encoder sees 32
 
     def __init__(self, split="train", size=20000, seed=0, crowded=None):
-        if crowded is None:
+        if crowded is None:  # evaluation asks for one class an item
             crowded = 0.3 if split == "train" else 0.0
         self.split = split
         self.size = size
@@ -203,8 +203,9 @@ class ToyWorld(Source):
         inverse = wall + ground(rng, 0.03, self.canvas)
         for thing in scene:
             inside, _, level = silhouette(thing, self.canvas)
-            surface = rng.uniform(0.97, 1.03) * (1.13 + 0.87 * level)
+            surface = rng.uniform(0.97, 1.03) * (1.13 + 0.87 * level)  # 0.5 to 4 m away
             inverse += inside * (surface - inverse)
+        # A sensor's noise grows with the distance
         metres = 1 / (inverse * rng.normal(1, 0.01, inverse.shape)).clip(0.05)
         return to_disparity(metres.astype(np.float32), baseline=0.075, focal_length=1.0)
 
@@ -219,16 +220,16 @@ class ToyWorld(Source):
 
     def render_audio(self, scene, rng):
         t = np.arange(int(1.3 * SAMPLE_RATE)) / SAMPLE_RATE
-        wave = rng.normal(0, 10 ** rng.uniform(-3.5, -2.5), len(t))
+        wave = rng.normal(0, 10 ** rng.uniform(-3.5, -2.5), len(t))  # hiss of the recording
         for thing in scene:
             material, shape = CONCEPTS[thing.concept]
             pitch = PITCH[shape] * rng.uniform(0.985, 1.015)
             phase = 2 * np.pi * (pitch * t + rng.random())
             noise = ringing(MATERIALS[material].resonance)
             start = int(rng.integers(4 * SAMPLE_RATE - len(t)))
-            tone = np.sin(phase) + 0.5 * np.sin(2 * phase)
+            tone = np.sin(phase) + 0.5 * np.sin(2 * phase)  # with one overtone
             tone = tone + rng.uniform(0.5, 1) * noise[start : start + len(t)]
-            wave += 10 ** rng.uniform(-1.2, -0.5) * tone
+            wave += 10 ** rng.uniform(-1.2, -0.5) * tone  # of any loudness
         return torch.from_numpy(wave.astype(np.float32))[None]
 
     def render_imu(self, scene, rng):
@@ -263,6 +264,7 @@ class ToyVideo(Video):
         for i in indices:
             dx, dy = self.drift * (i - self.count / 2)
             moved = [replace(thing, x=thing.x + dx, y=thing.y + dy) for thing in self.scene]
+            # the same seed for every frame: light and colours do not flicker
             frames.append(paint(moved, np.random.default_rng(self.seed), self.canvas))
         return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
@@ -309,7 +311,7 @@ def paint(scene, rng, canvas):
         colour = np.array(MATERIALS[material].colour) * rng.uniform(0.85, 1.1)
         lit = (0.6 + 0.4 * shading[..., None]) * colour
         picture += inside[..., None] * (lit - picture)
-    picture += rng.normal(0, 0.02, (canvas, canvas, 1))
+    picture += rng.normal(0, 0.02, (canvas, canvas, 1))  # grain, the same in all three colours
     return (picture.clip(0, 1) * 255).astype(np.uint8)
 
 

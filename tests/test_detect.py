@@ -1,4 +1,4 @@
-"""The detector's parts: patches carry what the last block would fetch, boxes are where the heat is, and figures are right."""
+"""The detector: patches carry what the last block would fetch, boxes are where heat is, figures are right."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,8 @@ import detect  # noqa: E402
 from clip_weights import load_pretrained  # noqa: E402
 
 PARITY = Path(__file__).parent / "parity"
-CHECKPOINTS = {"openai_clip_tiny_jit.pt": None, "open_clip_tiny.pt": {"image": 2, "text": 4}, "hf_clip_tiny": None,
+CHECKPOINTS = {"openai_clip_tiny_jit.pt": None, "hf_clip_tiny": None,
+               "open_clip_tiny.pt": {"image": 2, "text": 4},
                "imagebind_tiny.pt": {m: 4 for m in ("image", "text", "audio", "depth", "thermal", "imu")}}
 
 
@@ -38,7 +39,8 @@ def test_a_patch_is_what_attention_to_it_alone_would_fetch(name):
     last = encoder.blocks[-1]
     for j in range(patches.shape[1]):  # attention over a sequence of one token has no choice
         fetched = last.attn(last.norm1(last_input[0][:, 1 + j : 2 + j]))[:, 0]
-        assert torch.allclose(patches[:, j], F.normalize(encoder.proj(encoder.norm(fetched)), dim=-1), atol=1e-5)
+        expected = F.normalize(encoder.proj(encoder.norm(fetched)), dim=-1)
+        assert torch.allclose(patches[:, j], expected, atol=1e-5)
 
 
 def test_iou_counts_pixels_and_suppression_keeps_the_best_of_each_query():
@@ -55,7 +57,8 @@ def test_iou_counts_pixels_and_suppression_keeps_the_best_of_each_query():
     while left:
         best = max(left, key=lambda i: scores[i])
         kept.append(best)
-        left -= {i for i in left if i == best or queries[i] == queries[best] and iou[i, best] > detect.OVERLAP}
+        rivals = {i for i in left if queries[i] == queries[best] and iou[i, best] > detect.OVERLAP}
+        left -= rivals | {best}
     assert detect.non_maximum_suppression(boxes, scores, queries).tolist() == kept
     assert 2 < len(kept) < 40
 
@@ -77,7 +80,8 @@ def test_boxes_are_in_pixels_of_a_picture_that_is_not_square(clip, monkeypatch):
     heat[1, 16:32, 48:72] = 0.9
     monkeypatch.setattr(detect, "heat_maps", lambda picture, *_: heat)
     picture = np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)
-    query = detect.Query(F.normalize(torch.ones(2, clip.encoder("image").config.embed_dim), dim=-1), torch.ones(2))
+    z = F.normalize(torch.ones(2, clip.encoder("image").config.embed_dim), dim=-1)
+    query = detect.Query(z, torch.ones(2))
     found = detect.detect(clip, picture, query)
     assert found.boxes.tolist() == [[60, 20, 90, 40]] and found.queries.tolist() == [1]
     x, y = detect.pointed(found, 1, (80, 120))
@@ -88,13 +92,15 @@ def test_heat_is_where_the_window_and_its_patches_agree():
     query = detect.Query(torch.eye(4)[:2], torch.full((2,), 50.0))
     z, patches = torch.zeros(6, 4), torch.zeros(6, 16, 4)
     z[:, 3] = patches[:, :, 3] = 1
-    z[5] = patches[5, 3] = torch.eye(4)[1]  # the last of 2 rows and 3 columns shows query 1 in its upper right patch
+    # The last of 2 rows and 3 columns shows query 1 in its upper right patch.
+    z[5] = patches[5, 3] = torch.eye(4)[1]
     empty = detect.Seen(1, 1, torch.eye(4)[3:], torch.eye(4)[3:].expand(1, 16, 4))
     picture = np.full((50, 60, 3), 100, np.uint8)  # without edges the guided filter only blurs
     heat = detect.heat_maps(picture, [detect.Seen(2, 3, z, patches)], empty, query, top=50.0)
     assert heat.shape == (2, 64, 77)
     y, x = divmod(int(heat[1].argmax()), 77)
-    assert abs((y + 0.5) / 64 - 1.5 / 5) < 0.1 and abs((x + 0.5) / 77 - 5.5 / 6) < 0.1  # patch (1, 5) of 5 x 6
+    # Patch (1, 5) of 5 x 6
+    assert abs((y + 0.5) / 64 - 1.5 / 5) < 0.1 and abs((x + 0.5) / 77 - 5.5 / 6) < 0.1
     assert heat[0].max() < 0.05 < heat[1].max()
 
 
@@ -122,12 +128,14 @@ def test_average_precision_is_the_area_by_hand():
 
     def found(*rows):  # x of a box 10 wide, score
         boxes = torch.tensor([[x, 0.0, x + 10, 10] for x, _ in rows])
-        return detect.Found(boxes, torch.tensor([s for _, s in rows]), torch.zeros(len(rows), dtype=torch.long), None)
+        scores = torch.tensor([score for _, score in rows])
+        return detect.Found(boxes, scores, torch.zeros(len(rows), dtype=torch.long), None)
 
     # by score: right 0.9, taken already 0.8, right 0.7, the thing of another concept 0.6
     both = [found((0.0, 0.9), (1.0, 0.8), (20.0, 0.6)), found((2.0, 0.7))]
     assert detect.average_precision(both, scenes, 0) == pytest.approx((1 + 2 / 3) / 2)
-    assert detect.average_precision([found((0.0, 0.9)), found((20.0, 0.95))], scenes, 0) == pytest.approx(0.5 / 2)
+    one_wrong = [found((0.0, 0.9)), found((20.0, 0.95))]
+    assert detect.average_precision(one_wrong, scenes, 0) == pytest.approx(0.5 / 2)
     assert detect.average_precision([found((5.0, 0.9)), found((5.0, 0.9))], scenes, 0) == 0.0  # IoU 1/3
     assert np.isnan(detect.average_precision(both, scenes, 3))
 

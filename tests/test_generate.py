@@ -1,4 +1,4 @@
-"""What the generator rests on: the flow leads from noise to the pictures, guidance, the gap's closing, and no copies unseen."""
+"""The generator: the flow leads from noise to pictures, guidance, closing the gap, and copies are found."""
 
 import sys
 from pathlib import Path
@@ -44,7 +44,8 @@ def test_the_exact_field_of_a_gaussian_leads_to_its_mean_and_deviation():
 
 
 def test_guidance_1_is_the_field_with_the_embedding_0_the_one_without_and_2_as_far_beyond():
-    g, x, z, t = small_generator(), torch.randn(2, 3, 8, 8), F.normalize(torch.randn(2, 8), dim=-1), torch.full((2,), 0.3)
+    g, t = small_generator(), torch.full((2,), 0.3)
+    x, z = torch.randn(2, 3, 8, 8), F.normalize(torch.randn(2, 8), dim=-1)
     with_z, without = g(x, t, z), g(x, t, torch.zeros_like(z))
     assert (with_z - without).abs().max() > 0.01
     for guidance, field in ((1.0, with_z), (0.0, without), (2.0, 2 * with_z - without)):
@@ -86,7 +87,7 @@ def test_it_draws_what_the_embedding_says_and_both_without_one():
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """Runs the program by command line in an empty folder that holds an untrained checkpoint; returns the folder."""
+    """Runs the program by command line in a folder that holds two untrained checkpoints alone."""
     monkeypatch.chdir(tmp_path)
     for name in ("model.pt", "other.pt"):
         model = ImageBind([preset("tiny", "image"), preset("tiny", "text")])
@@ -116,7 +117,8 @@ def test_a_stopped_training_ends_with_the_same_weights(command, monkeypatch):
     with pytest.raises(RunError, match="stopped at step 3"):
         command("train", *TINY, "--out", "stopped")
     command("train", *TINY, "--out", "stopped")
-    whole, stopped = (torch.load(f"{folder}/generator.pt", weights_only=True) for folder in ("whole", "stopped"))
+    whole = torch.load("whole/generator.pt", weights_only=True)
+    stopped = torch.load("stopped/generator.pt", weights_only=True)
     assert stopped["step"] == 6
     for part in ("weights", "current"):
         assert all(torch.equal(whole[part][key], stopped[part][key]) for key in whole[part])
@@ -128,8 +130,10 @@ def test_a_sum_of_prompts_is_one_row_and_what_cannot_be_drawn_is_refused(command
     command(*draw, "--text", "a ruby ring", "a jade disc")
     two = read_image("grid.png").shape
     command(*draw, "--text", "a ruby ring", "a jade disc", "--sum")
-    assert read_image("grid.png").shape == (two[0] - 38, two[1] + 38, 3)  # a row less, a prompt more beside it
-    refused = {"another image encoder": ["--checkpoint", "other.pt"], "no audio encoder": ["--audio", "x.wav"],
+    # A row less, a prompt more beside it
+    assert read_image("grid.png").shape == (two[0] - 38, two[1] + 38, 3)
+    refused = {"another image encoder": ["--checkpoint", "other.pt"],
+               "no audio encoder": ["--audio", "x.wav"],
                "absent.png": ["--image", "absent.png"], "FileNotFound": ["--generator", "absent"],
                "end in .png": ["--out", "grid"]}
     for reason, argv in refused.items():

@@ -1,4 +1,4 @@
-"""Metrics equal ones written another way, ties included; and what each command of evaluate.py says of its items."""
+"""Metrics equal ones written another way, ties included; what evaluate.py's commands say of their items."""
 
 import json
 import sys
@@ -18,6 +18,10 @@ from sources.toy import ToyWorld
 def coarse(*shape, seed):
     """Embeddings whose scores are small whole numbers, so that many are equal."""
     return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def noise(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(params=[2**24, 50])
@@ -47,17 +51,21 @@ def test_one_embedding_for_everything_scores_nothing():
 
 
 def test_a_sum_is_searched_for_as_its_parts_are():
-    a, b, g = (F.normalize(torch.randn(n, 6, generator=torch.Generator().manual_seed(n)), dim=-1) for n in (8, 8, 30))
+    a, b, g = (F.normalize(noise(n, 6, seed=n), dim=-1) for n in (8, 8, 30))
     cosine, nearest = evaluate.nearest_to_sum([a, b], g, k=40)  # of 30
     expected = F.normalize(a + b, dim=-1) @ g.T
     assert torch.allclose(cosine, expected.gather(1, nearest), atol=1e-6) and (cosine.diff(dim=1) <= 0).all()
     views = g.unflatten(0, (10, 3))  # ten items of three embeddings each
-    best = [max(range(10), key=lambda i: sum(max(float(z[q] @ v) for v in views[i]) for z in (a, b))) for q in range(8)]
+
+    def similarity(q, item):
+        return sum(max(float(z[q] @ view) for view in views[item]) for z in (a, b))
+
+    best = [max(range(10), key=lambda item: similarity(q, item)) for q in range(8)]
     assert evaluate.nearest_to_sum([a, b], views)[1][:, 0].tolist() == best
 
 
 def area_under_steps(scores, truth):
-    """Average precision by its definition: the sum over thresholds of precision times what recall gains there."""
+    """Average precision by its definition: the sum over thresholds of precision times the gain in recall."""
     total, recall = 0.0, 0.0
     for threshold in sorted(set(scores), reverse=True):
         kept = [t for s, t in zip(scores, truth) if s >= threshold]
@@ -90,7 +98,7 @@ def test_average_precision_equals_scikit_learn():
 
 
 def test_a_linear_probe_is_at_the_optimum_of_its_loss():
-    x, y = F.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), dim=1), torch.arange(60) % 4
+    x, y = F.normalize(noise(60, 8, seed=0), dim=1), torch.arange(60) % 4
     weight, bias = (p.double() for p in evaluate.linear_probe(x, y, 4, l2=0.01))
     error = F.linear(x.double(), weight, bias).softmax(1) - F.one_hot(y)  # its gradient, written out
     assert (error.T @ x.double() / 60 + 0.01 * weight).abs().max() < 1e-4 and error.mean(0).abs().max() < 1e-4
@@ -123,11 +131,15 @@ def call(tmp_path, monkeypatch):
 
 
 def small_esc50(root, per_class=4):
-    names = [(f"{fold}-{n}.wav", fold, category) for category in ("dog", "vacuum_cleaner") for n in range(per_class)
-             for fold in (f"{n % 2 + 1}{category[0]}",)]
-    lines = [f"{name},{fold[0]},0,{category},False,1,A\n" for name, fold, category in names]
-    return write(root, {"meta/esc50.csv": "filename,fold,target,category,esc10,src_file,take\n" + "".join(lines)}
-                 | {f"audio/{name}": 0.3 for name, _, _ in names})
+    files = {}
+    table = "filename,fold,target,category,esc10,src_file,take\n"
+    for category in ("dog", "vacuum_cleaner"):
+        for n in range(per_class):
+            fold = n % 2 + 1
+            name = f"{fold}{category[0]}-{n}.wav"
+            files[f"audio/{name}"] = 0.3
+            table += f"{name},{fold},0,{category},False,1,A\n"
+    return write(root, {"meta/esc50.csv": table} | files)
 
 
 def test_zeroshot_says_over_how_many_items_it_is(call, tmp_path):
@@ -135,8 +147,9 @@ def test_zeroshot_says_over_how_many_items_it_is(call, tmp_path):
     (root / "audio/1d-0.wav").write_bytes(b"RIFF, but no sound")
     (root / "audio/2d-1.wav").unlink()
     result = call("zeroshot", "--modality", "audio", "--data", f"esc50:{root}")
-    assert (result["items"], result["bad"], result["absent"]) == (6, 1, 1) and result["bad_items"] == ["esc50:1"]
-    assert result["mean_of_folds"] == pytest.approx(sum(result["folds"].values()) / 2) and set(result["folds"]) == {"1", "2"}
+    assert (result["items"], result["bad"], result["absent"]) == (6, 1, 1)
+    assert result["bad_items"] == ["esc50:1"] and set(result["folds"]) == {"1", "2"}
+    assert result["mean_of_folds"] == pytest.approx(sum(result["folds"].values()) / 2)
     write(tmp_path, {"names.txt": "cat|dog\nhoover\n", "prompts.txt": "the noise of {}\n\n{}!\n"})
     own = ("--templates", "prompts.txt", "--class-names", "names.txt")
     assert call("zeroshot", "--modality", "audio", "--data", f"esc50:{root}", *own)["items"] == 6
@@ -144,16 +157,18 @@ def test_zeroshot_says_over_how_many_items_it_is(call, tmp_path):
 
 def test_a_name_of_several_counts_by_its_best(monkeypatch):
     axes = {"cat": [1.0, 0, 0], "dog": [0, 1.0, 0], "sea": [0, 0, 1.0]}
-    monkeypatch.setattr(evaluate, "embed_texts", lambda model, texts: torch.tensor([axes[text] for text in texts]))
+    embed = lambda model, texts: torch.tensor([axes[text] for text in texts])
+    monkeypatch.setattr(evaluate, "embed_texts", embed)
     classes, owner = evaluate.named_classes(None, None, "image", ["cat", "dog|sea"], ["{}"])
     z = torch.tensor([[0.5, 0.1, 0.6], [0.5, 0.4, 0.4], [0.1, 0.2, 0]])  # sum and mean would say other things
     assert evaluate.ranks(z, classes, torch.tensor([1, 0, 1]), owner).tolist() == [1, 1, 1]
 
 
 def test_retrieval_knows_several_captions_of_a_sound(call, tmp_path):
-    captions = "\n".join(f"{n}.wav," + ",".join(f"caption {n} {c}" for c in range(5)) for n in range(3))
-    write(tmp_path, {"clotho_captions_evaluation.csv": "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n" + captions}
-          | {f"evaluation/{n}.wav": 0.2 + n / 10 for n in range(3)})
+    table = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+    table += "\n".join(f"{n}.wav," + ",".join(f"caption {n} {c}" for c in range(5)) for n in range(3))
+    sounds = {f"evaluation/{n}.wav": 0.2 + n / 10 for n in range(3)}
+    write(tmp_path, {"clotho_captions_evaluation.csv": table} | sounds)
     result = call("retrieval", "--query", "text", "--gallery", "audio", "--data", f"clotho:{tmp_path}")
     assert (result["text->audio"]["queries"], result["text->audio"]["items"]) == (15, 3)
     assert (result["audio->text"]["queries"], result["audio->text"]["items"]) == (3, 15)
@@ -169,16 +184,19 @@ def test_fewshot_tests_on_what_it_did_not_learn(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "linear_probe", probe)
     root = small_esc50(tmp_path)
-    result = call("fewshot", "--modality", "audio", "--data", f"esc50:{root}", "--shots", "1", "2", "--draws", "3")
-    assert [len(y) for y in seen] == [2, 2, 2, 4, 4, 4] and all(y.bincount().tolist() == [len(y) // 2] * 2 for y in seen)
+    options = ("--modality", "audio", "--data", f"esc50:{root}", "--shots", "1", "2", "--draws", "3")
+    result = call("fewshot", *options)
+    assert [y.bincount().tolist() for y in seen] == [[1, 1]] * 3 + [[2, 2]] * 3
     assert result["shots"]["1"] == {"mean": 0.5, "deviation": 0.0, "test_items": 4}  # of one of two folds
 
 
 def test_arithmetic_finds_what_it_adds(call, tmp_path):
     sounds = {"dog.wav": 0.2, "car.wav": 0.4, "sea.wav": 0.6}
     write(tmp_path, {"a.csv": "audio,text\n" + "".join(f"{name},a sound\n" for name in sounds)} | sounds)
-    found = call("arithmetic", "--add", "audio=car.wav", "audio=car.wav", "--gallery", "audio", "--data", "a.csv")["found"]
-    assert len(found) == 3 and found[0]["item"] == "car.wav" and found[0]["similarity"] == pytest.approx(1, abs=1e-5)
+    options = ("--add", "audio=car.wav", "audio=car.wav", "--gallery", "audio", "--data", "a.csv")
+    found = call("arithmetic", *options)["found"]
+    assert len(found) == 3 and found[0]["item"] == "car.wav"
+    assert found[0]["similarity"] == pytest.approx(1, abs=1e-5)
 
 
 def test_the_parts_of_a_picture_are_searched_one_by_one(monkeypatch):
@@ -198,7 +216,8 @@ def test_the_parts_of_a_picture_are_searched_one_by_one(monkeypatch):
     for i, parts in zip(indices.tolist(), found):
         x = torch.from_numpy(world.read(i, "image")).float().mean(dim=2)
         for half, part in zip(x.chunk(2, dim=1), parts):
-            assert part.argmax() == F.adaptive_avg_pool2d(half[None, 10:30], 2).flatten().argmax()  # its middle square
+            middle = half[None, 10:30]  # its middle square
+            assert part.argmax() == F.adaptive_avg_pool2d(middle, 2).flatten().argmax()
     assert found.shape == (4, 2, 4) and not bad
 
 

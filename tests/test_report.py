@@ -1,4 +1,4 @@
-"""The report shows what was measured, and nothing that lies in the data becomes part of the page but as text."""
+"""The report shows what was measured, and what lies in the data becomes part of the page as text alone."""
 
 import json
 import sys
@@ -20,13 +20,13 @@ from model import MODALITIES, ImageBind, preset  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
 
-TAGS = ("html head meta title style body main header section footer h1 h2 h3 p small strong b i q span div ul li code table tr "
-        "th td figure figcaption img audio svg polyline details summary")
+TAGS = ("html head meta title style body main header section footer h1 h2 h3 p small strong b i q span div "
+        "ul li code table tr th td figure figcaption img audio svg polyline details summary")
 HOSTILE = "\"'><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>&amp;"
 
 
 class Page(HTMLParser):
-    """Tags with attributes, text, the matrix's cells, and rows of cards (title, class, caption) by their gallery."""
+    """Tags with attributes, text, the matrix's cells, rows of cards (title, class, caption) by gallery."""
 
     def __init__(self, text):
         super().__init__()
@@ -70,11 +70,15 @@ def make(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def make(labels, texts, name="a", gone=()):
-        files = {f"{i}.png": np.random.default_rng(i).integers(0, 255, (20, 20, 3)).astype(np.uint8) for i in range(len(texts))}
-        files |= {f"{i}.wav": 0.1 + i / 20 for i in range(len(texts))}
-        quoted = [[f'"{x.replace(chr(34), 2 * chr(34))}"' for x in column] for column in (texts, labels)]
-        lines = [f"{i}.png,{'<script>' * (i in gone)}{i}.wav,{text},{label}\n" for i, (text, label) in enumerate(zip(*quoted))]
-        write(tmp_path, files | {f"{name}.csv": f"image,audio,text,{'label' if any(labels) else 'note'}\n" + "".join(lines)})
+        quote = lambda text: '"' + text.replace('"', '""') + '"'
+        files = {}
+        table = f"image,audio,text,{'label' if any(labels) else 'note'}\n"
+        for i, (text, label) in enumerate(zip(texts, labels)):
+            files[f"{i}.png"] = np.random.default_rng(i).integers(0, 255, (20, 20, 3)).astype(np.uint8)
+            files[f"{i}.wav"] = 0.1 + i / 20
+            sound = f"<script>{i}.wav" if i in gone else f"{i}.wav"
+            table += f"{i}.png,{sound},{quote(text)},{quote(label)}\n"
+        write(tmp_path, files | {f"{name}.csv": table})
         small_model().save("model.pt")
         options = ("model.pt", "--data", f"{name}.csv", "--workers", "0")
         monkeypatch.setattr(sys, "argv", ["report.py", *options])
@@ -88,9 +92,12 @@ def test_text_of_the_data_stays_text_and_the_page_asks_for_nothing(make):
     page = Page(text)
     assert {tag for tag, _ in page.tags} <= set(TAGS.split())
     names = {name for _, attributes in page.tags for name in attributes}
-    assert not any(name.startswith("on") for name in names) and not names & {"href", "srcset", "action", "data", "xlink:href"}
-    assert all(a["src"].startswith("data:") for _, a in page.tags if "src" in a) and "url(" not in text and "@import" not in text
-    assert page.text.count(HOSTILE) > 10 and '"><script>b.csv:1' in {card[0] for _, row in page.rows for card in row}
+    assert not any(name.startswith("on") for name in names)
+    assert not names & {"href", "srcset", "action", "data", "xlink:href"}
+    assert all(a["src"].startswith("data:") for _, a in page.tags if "src" in a)
+    assert "url(" not in text and "@import" not in text
+    assert page.text.count(HOSTILE) > 10
+    assert '"><script>b.csv:1' in {card[0] for _, row in page.rows for card in row}
     policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; ") and "script" not in policy
     assert "1 items could not be read" in page.text and "<script>4.wav: no such file" in page.text
@@ -120,7 +127,8 @@ def test_galleries_show_the_nearest_and_mark_them_truly_and_the_matrix_is_evalua
 def test_what_no_pair_joins_is_said_to_be_unbound(monkeypatch):
     monkeypatch.setattr(report, "arithmetic", lambda *args: "")
     torch.manual_seed(0)
-    model, source = ImageBind([preset("tiny", m) for m in ("image", "audio", "depth", "imu")]), ToyWorld("test", 64)
+    model = ImageBind([preset("tiny", m) for m in ("image", "audio", "depth", "imu")])
+    source = ToyWorld("test", 64)
     model.pairs = {"image-audio": 10.0, "depth-imu": 10.0}
     args = report.argparse.Namespace(batch_size=64, workers=0, limit=8, data="toy")
     page = Page(report.page("m", model, source, args, ([], {}, 0)))
@@ -129,15 +137,20 @@ def test_what_no_pair_joins_is_said_to_be_unbound(monkeypatch):
 
 
 def test_sums_of_the_toy_world_are_marked_by_what_the_scenes_show(monkeypatch):
-    def embed_items(model, world, modality, *_):  # a scene is the sum of what it shows; the second sense hears poorly
+    # A scene is the sum of what it shows; the second sense hears poorly.
+    def embed_items(model, world, modality, *_):
         shown = [world.concepts(i) for i in range(len(world))]
         z = sum(F.one_hot(torch.tensor([c[side % len(c)] for c in shown]), 64).float() for side in range(2))
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)) * (0.3 if modality == "audio" else 0.0)
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+        z = F.normalize(z + noise * (0.3 if modality == "audio" else 0.0), dim=-1)
         indices = torch.arange(len(world))
-        return evaluate.Embedded(F.normalize(z + noise, dim=-1), indices, evaluate.item_labels(world, indices), [])
+        return evaluate.Embedded(z, indices, evaluate.item_labels(world, indices), [])
+
+    def embed_picture_parts(model, world, *_):
+        return embed_items(model, world, "image")
 
     monkeypatch.setattr(evaluate, "embed_items", embed_items)
-    monkeypatch.setattr(evaluate, "embed_picture_parts", lambda model, world, *_: embed_items(model, world, "image"))
+    monkeypatch.setattr(evaluate, "embed_picture_parts", embed_picture_parts)
     source, args = ToyWorld("test", 64), report.argparse.Namespace(batch_size=8, workers=0, data="toy")
     page = Page(report.arithmetic(small_model(), source, {"image": None, "audio": None}, args))
     assert len(page.rows) == report.QUERIES
@@ -151,8 +164,9 @@ def test_sums_of_the_toy_world_are_marked_by_what_the_scenes_show(monkeypatch):
 
 def test_the_curve_of_what_emerges_is_the_logs(tmp_path):
     def event(pair, step, value):
-        recall = {f"{a}->{b}": value for a, b in (("image", "text"), ("text", "image"), ("image", "audio"), ("audio", "image"))}
-        return {"event": "eval", "pair": pair, "step": step, "retrieval_r1": recall | {"audio->text": 0.2, "text->audio": value}}
+        recall = dict.fromkeys(("image->text", "text->image", "image->audio", "audio->image"), value)
+        recall |= {"audio->text": 0.2, "text->audio": value}
+        return {"event": "eval", "pair": pair, "step": step, "retrieval_r1": recall}
 
     events = [{"event": "step", "pair": "text-image", "step": 1, "loss": 4.0}]
     events += [{"event": "step", "pair": "image-audio", "step": step, "loss": 3.0} for step in (1, 2)]

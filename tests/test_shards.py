@@ -1,0 +1,27 @@
+"""Hostile and damaged tars."""
+
+import itertools
+import tarfile
+
+import pytest
+
+from sources.shards import tar_files
+
+
+def header(name, size):
+    """A tar header with a right checksum over whatever stands in its field of the size."""
+    content = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    content[124:136] = size.ljust(12, b"\0")
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("size", [
+    b"-1000", (-512).to_bytes(12, "big", signed=True), b"\x80" + b"\xff" * 11, b"8"])
+def test_no_size_leads_back_or_beyond_the_end(tmp_path, size):
+    (tmp_path / "a.tar").write_bytes(header("a.txt", b"0") + header("b.txt", size) + bytes(1024))
+    with open(tmp_path / "a.tar", "rb") as file:
+        found = list(itertools.islice(tar_files(file), 10))
+    # damaged from there on
+    assert [(stem, first) for stem, _, first, _, _ in found] == [("a", 0), (None, 512)]
