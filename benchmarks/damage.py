@@ -1,10 +1,12 @@
-"""Reads damaged and absurd files: each must become a finite tensor of the right shape, or a DataError that names it.
+"""Reads damaged and absurd files: each must become a finite tensor of the right shape, or a DataError.
 
-    python benchmarks/damage.py                     # 300 files per reader; those that break a promise are kept
+A DataError names the file.
+
+    python benchmarks/damage.py                # 300 files per reader; those that break a promise are kept
     python benchmarks/damage.py --count 50 wav npy  # fewer, of two readers
 
-Anything else is a violation: another exception, the end of the process, more than 5 s, more than 1 GB of memory
-for the whole process, PyTorch included (measured on Linux).
+Anything else is a violation: another exception, the end of the process, more than 5 s, more than 1 GB
+of memory for the whole process, PyTorch included (measured on Linux).
 Compressed sound and video need torchcodec, and FFmpeg to make the files; without them they are left out.
 """
 
@@ -30,8 +32,15 @@ from model import preset  # noqa: E402
 from sources import open_data  # noqa: E402
 
 SECONDS, MEGABYTES = 5, 1000
-SHAPES = {"image": (3, 224, 224), "text": (77,), "audio": (3, 1, 128, 204), "depth": (1, 224, 224), "thermal": (1, 224, 224),
-          "imu": (6, 2000), "video": (15, 3, 2, 224, 224)}
+SHAPES = {
+    "image": (3, 224, 224),
+    "text": (77,),
+    "audio": (3, 1, 128, 204),
+    "depth": (1, 224, 224),
+    "thermal": (1, 224, 224),
+    "imu": (6, 2000),
+    "video": (15, 3, 2, 224, 224),
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -96,7 +105,11 @@ KINDS = {  # name: modality, ending, a whole file
     "depth_npy": ("depth", ".npy", lambda rng: npy(rng.uniform(1, 5, (60, 80)))),
     "imu_csv": ("imu", ".csv", lambda rng: numbers(rng.normal(size=(400, 6)))),
     "text": ("text", ".txt", lambda rng: " ".join("a ruby ring beside a jade disc".split() * 20).encode()),
-    "manifest": ("table", ".csv", lambda rng: b"text,imu,label\n" + b'"a ring, ruby",imu.npy,dog\nplain,imu.npy,cat\n' * 20),
+    "manifest": (
+        "table",
+        ".csv",
+        lambda rng: b"text,imu,label\n" + b'"a ring, ruby",imu.npy,dog\nplain,imu.npy,cat\n' * 20,
+    ),
     "flac": ("audio", ".flac", lambda rng: sound(".flac")),
     "mp3": ("audio", ".mp3", lambda rng: sound(".mp3")),
     "mp4": ("video", ".mp4", lambda rng: film()),
@@ -109,10 +122,19 @@ KINDS = {  # name: modality, ending, a whole file
 
 def png_of_size(width, height, depth=8, colour=0, rows=b""):
     """A PNG that claims a size, with right check sums."""
+
     def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def npy_header(description):
@@ -131,9 +153,20 @@ def absurd_pngs(depth):
 
 
 def absurd_arrays():
-    for shape in ("(6, 1000000000000)", "(6, 400000000)", "(-1, 6)", "(6,)", "()", "(6, 0)", "(2,)*99", "(" * 500):
+    for shape in (
+        "(6, 1000000000000)",
+        "(6, 400000000)",
+        "(-1, 6)",
+        "(6,)",
+        "()",
+        "(6, 0)",
+        "(2,)*99",
+        "(" * 500,
+    ):
         for kind in ("<f8", "|O", "|V8", "<U9", "<c16", "<M8[s]"):
-            yield npy_header(f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}") + bytes(4800)
+            yield npy_header(f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}") + bytes(
+                4800
+            )
     for value in (np.nan, np.inf, -np.inf, 1e300, 3e38, 1e-320, 0):
         yield npy(np.full((6, 400), value))
         yield npy(np.full((60, 80), value))
@@ -156,7 +189,13 @@ def absurd_wavs():
         yield wav(np.full(16000, value, np.float32), kind=3)
         yield wav(tone(dtype=np.float32, scale=1) * np.float32(min(value, 3e38)), kind=3)
     yield wav(np.full(8000, 1e300), kind=3)
-    for minutes, rate in ((60, 1000), (30, 8000), (12, 44100), (11, 47999), (30, 48000)):  # the last of 173 MB
+    for minutes, rate in (
+        (60, 1000),
+        (30, 8000),
+        (12, 44100),
+        (11, 47999),
+        (30, 48000),
+    ):  # the last of 173 MB
         yield wav(np.zeros(minutes * 60 * rate, np.int16), rate)
 
 
@@ -222,10 +261,22 @@ def absurd_films():
     yield b"ffconcat version 1.0\nfile /etc/passwd\n"
 
 
-ABSURD = {"png8": lambda: absurd_pngs(8), "png16": lambda: absurd_pngs(16), "thermal": lambda: absurd_pngs(8),
-          "jpeg": lambda: absurd_pngs(8), "npy": absurd_arrays, "depth_npy": absurd_arrays, "wav": absurd_wavs,
-          "wav_float": absurd_wavs, "text": absurd_texts, "imu_csv": absurd_numbers, "manifest": absurd_manifests,
-          "flac": absurd_flacs, "mp3": lambda: [sound(".mp3", "anullsrc=r=16000:cl=mono:d=14400")], "mp4": absurd_films}
+ABSURD = {
+    "png8": lambda: absurd_pngs(8),
+    "png16": lambda: absurd_pngs(16),
+    "thermal": lambda: absurd_pngs(8),
+    "jpeg": lambda: absurd_pngs(8),
+    "npy": absurd_arrays,
+    "depth_npy": absurd_arrays,
+    "wav": absurd_wavs,
+    "wav_float": absurd_wavs,
+    "text": absurd_texts,
+    "imu_csv": absurd_numbers,
+    "manifest": absurd_manifests,
+    "flac": absurd_flacs,
+    "mp3": lambda: [sound(".mp3", "anullsrc=r=16000:cl=mono:d=14400")],
+    "mp4": absurd_films,
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,7 +284,7 @@ ABSURD = {"png8": lambda: absurd_pngs(8), "png16": lambda: absurd_pngs(16), "the
 
 
 def damage(content, rng):
-    """One file cut, zeroed, flipped, filled with noise, repeated, or with a number in its head made extreme."""
+    """One file cut, zeroed, flipped, filled with noise, repeated, or with an extreme number in its head."""
     content, size = bytearray(content), len(content)
     at, span = int(rng.integers(size)), int(rng.integers(1, size // 4 + 2))
     kind = rng.integers(8)
@@ -254,7 +305,9 @@ def damage(content, rng):
         for bit in rng.integers(0, 8 * min(size, 128), rng.integers(1, 9)):
             content[bit // 8] ^= 1 << bit % 8
     else:
-        extreme = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4), b"\x01\0\0\0")[rng.integers(5)]
+        extreme = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4), b"\x01\0\0\0")[
+            rng.integers(5)
+        ]
         at = int(rng.integers(min(size, 200)))
         content[at : at + len(extreme)] = extreme
     if content.startswith(b"\x89PNG") and rng.random() < 0.5:
@@ -287,24 +340,32 @@ def damaged(kind, count, seed=0):
 
 
 def outcome(kind, path):
-    """"tensor" or "DataError" if the promise holds for this file, else what broke it."""
+    """ "tensor" or "DataError" if the promise holds for this file, else what broke it."""
     modality = KINDS[kind][0]
     try:
         if modality == "table":
             return read_table(path)
         item = path.read_text(encoding="utf-8", errors="surrogateescape") if modality == "text" else path
-        x = data.load(modality, item, preset("tiny", "text") if modality == "text" else None)  # which needs no vocabulary
+        x = data.load(
+            modality, item, preset("tiny", "text") if modality == "text" else None
+        )  # which needs no vocabulary
     except data.DataError as error:
         named = modality == "text" or path.name in str(error)
-        return "DataError" if named and "\n" not in str(error) else f"the error is no line that names the file: {error!r}"
+        return (
+            "DataError"
+            if named and "\n" not in str(error)
+            else f"the error is no line that names the file: {error!r}"
+        )
     except BaseException as error:
         return f"{type(error).__name__}: {error}"[:300]
     right = tuple(x.shape) == SHAPES[modality] and (modality == "text" or x.isfinite().all())
-    return "tensor" if right else f"a tensor of shape {tuple(x.shape)}, {x.isfinite().float().mean():.1%} finite"
+    return (
+        "tensor" if right else f"a tensor of shape {tuple(x.shape)}, {x.isfinite().float().mean():.1%} finite"
+    )
 
 
 def read_table(path):
-    """A manifest's rows, labels and samples: what can be read is a tensor, what cannot a Bad or a DataError."""
+    """A manifest's rows, labels and samples: what is readable is a tensor, the rest a Bad or a DataError."""
     np.save(path.with_name("imu.npy"), np.zeros((6, 400), np.float32))
     source = open_data(str(path))
     configs = {m: preset("huge" if m == "imu" else "tiny", m) for m in source.columns if m in ("imu", "text")}
@@ -318,9 +379,9 @@ def read_table(path):
 
 
 def read_all(kind, folder):
-    """Reads the files of a folder that are not reported yet; a line of figures for each. Runs in a process of its own."""
+    """Reads the files of a folder that are not reported yet, in a process of its own; a line for each."""
     report = open(folder / "report", "a")
-    for path in sorted(folder.glob("*.*"))[int((folder / "done").read_text()):]:
+    for path in sorted(folder.glob("*.*"))[int((folder / "done").read_text()) :]:
         if path.name == "imu.npy":
             continue
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -332,7 +393,7 @@ def read_all(kind, folder):
 
 
 def run(kind, count, folder):
-    """Makes the files of a kind and has them read; prints a line and the violations. Returns how many there are."""
+    """Makes the files of a kind and has them read; prints a line and the violations; returns their number."""
     folder.mkdir(parents=True, exist_ok=True)
     total = 0
     for total, content in enumerate(damaged(kind, count), start=1):
@@ -342,31 +403,45 @@ def run(kind, count, folder):
         (folder / "done").write_text(str(len(rows)))
         with open(folder / "stderr", "a") as stderr:
             subprocess.run([sys.executable, __file__, "--read", kind, str(folder)], stderr=stderr)
-        rows = [json.loads(line) for line in (folder / "report").read_text().splitlines()]  # to where it ended, if it did
+        rows = [
+            json.loads(line) for line in (folder / "report").read_text().splitlines()
+        ]  # to where it ended, if it did
         if len(rows) < total:
             name = f"{len(rows):04}{KINDS[kind][1]}"
             with open(folder / "report", "a") as report:
                 print(json.dumps([name, "the process ended", 0, 0]), file=report)
             rows.append([name, "the process ended", 0, 0])
-    wrong = [row for row in rows if row[1] not in ("tensor", "DataError") or row[2] > SECONDS or row[3] > MEGABYTES]
+    wrong = [
+        row for row in rows if row[1] not in ("tensor", "DataError") or row[2] > SECONDS or row[3] > MEGABYTES
+    ]
     tensors = sum(row[1] == "tensor" for row in rows)
     errors = sum(row[1] == "DataError" for row in rows)
-    print(f"{kind:10} {total:5} files: {tensors:4} tensors, {errors:4} DataErrors, {len(wrong):3} violations; slowest "
-          f" {max(row[2] for row in rows):.1f} s, peak {max(row[3] for row in rows)} MB", flush=True)
+    print(
+        f"{kind:10} {total:5} files: {tensors:4} tensors, {errors:4} DataErrors, "
+        f"{len(wrong):3} violations; slowest "
+        f" {max(row[2] for row in rows):.1f} s, peak {max(row[3] for row in rows)} MB",
+        flush=True,
+    )
     for row in wrong[:10]:
         print(f"    {folder / row[0]}: {row[1]} ({row[2]:.1f} s, {row[3]} MB)", flush=True)
     return len(wrong)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kinds", nargs="*", help="of " + ", ".join(KINDS))
-    parser.add_argument("--count", type=int, default=300, help="damaged files per reader, beside the absurd ones")
+    parser.add_argument(
+        "--count", type=int, default=300, help="damaged files per reader, beside the absurd ones"
+    )
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read:
         return read_all(args.read[0], Path(args.read[1]))
-    kinds = args.kinds or [kind for kind in KINDS if kind not in ("flac", "mp3", "mp4") or shutil.which("ffmpeg")]
+    kinds = args.kinds or [
+        kind for kind in KINDS if kind not in ("flac", "mp3", "mp4") or shutil.which("ffmpeg")
+    ]
     place = Path(tempfile.mkdtemp(prefix="damage-"))
     wrong = {kind: run(kind, args.count, place / kind) for kind in kinds}
     for kind in [kind for kind in kinds if not wrong[kind]]:

@@ -6,7 +6,7 @@
 Every other try waits until a file is just being written. A case holds if what the last resume
 leaves (weights, log, results) is what the run left alone left, bit for bit; its steps save each time.
 Last, one of two processes is killed: the other must end within a minute and say why, and one process
-goes on to the losses of the run left alone, to 1e-4.
+resumes to the losses of the run left alone, to 1e-4.
 """
 
 import argparse
@@ -35,8 +35,30 @@ TRAIN = ["train.py", "--pair", "image-imu", "--steps", "40", "--batch-size", "16
 CASES = {  # name -> options beside TRAIN
     "plain": ["--samples", "160", "--workers", "0", "--amp", "off"],
     "workers": ["--samples", "160", "--workers", "2", "--amp", "bf16"],
-    "manifest": ["--data", "pairs.csv", "--preset", "tiny", "--init", "anchor.pt", "--workers", "2", "--amp", "off"],
-    "shards": ["--data", "pairs.tar", "--preset", "tiny", "--init", "anchor.pt", "--workers", "2", "--amp", "off"],
+    "manifest": [
+        "--data",
+        "pairs.csv",
+        "--preset",
+        "tiny",
+        "--init",
+        "anchor.pt",
+        "--workers",
+        "2",
+        "--amp",
+        "off",
+    ],
+    "shards": [
+        "--data",
+        "pairs.tar",
+        "--preset",
+        "tiny",
+        "--init",
+        "anchor.pt",
+        "--workers",
+        "2",
+        "--amp",
+        "off",
+    ],
     "cache": ["--samples", "3000", "--cache-anchor", "2", "--workers", "2", "--amp", "off"],
     "tables": None,  # benchmarks/paper.py
     "processes": ["--samples", "160", "--workers", "0", "--amp", "off"],  # of two, one dies
@@ -44,7 +66,7 @@ CASES = {  # name -> options beside TRAIN
 
 
 def prepare(folder):
-    """What the cases read: an anchor, a manifest and a shard of 160 toy samples, and a small ESC-50 and AudioCaps in sets/."""
+    """Of the cases: an anchor, a manifest and a shard of 160 toy samples, a small ESC-50 and AudioCaps."""
     world = ToyWorld(size=160)
     torch.manual_seed(0)
     ImageBind([preset("tiny", m) for m in ("image", "text", "audio")]).save(folder / "anchor.pt")
@@ -61,8 +83,10 @@ def prepare(folder):
     for path in (esc / "meta", esc / "audio", caps / "audio"):
         path.mkdir(parents=True)
     sound = b"RIFF\x24\xfa\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x80\x3e\0\0\0\x7d\0\0\2\0\x10\0data\0\xfa\0\0"
-    lines = {esc / "meta/esc50.csv": ["filename,fold,target,category,esc10,src_file,take"],
-             caps / "test.csv": ["audiocap_id,youtube_id,start_time,caption"]}
+    lines = {
+        esc / "meta/esc50.csv": ["filename,fold,target,category,esc10,src_file,take"],
+        caps / "test.csv": ["audiocap_id,youtube_id,start_time,caption"],
+    }
     for i in range(200):
         wave = (np.sin(np.arange(32000) * (0.01 + i / 500)) * 9000).astype("<i2").tobytes()
         (esc / f"audio/{i}.wav").write_bytes(sound + wave)
@@ -76,8 +100,19 @@ def prepare(folder):
 def command_of(case, out):
     """The command that starts or resumes a case in the folder `out`."""
     if CASES[case] is None:
-        return ["benchmarks/paper.py", "--root", "sets", "--checkpoint", "anchor.pt", "--workers", "0", "--out", str(out),
-                "--json", str(out / "table.json")]
+        return [
+            "benchmarks/paper.py",
+            "--root",
+            "sets",
+            "--checkpoint",
+            "anchor.pt",
+            "--workers",
+            "0",
+            "--out",
+            str(out),
+            "--json",
+            str(out / "table.json"),
+        ]
     if (out / "config.json").exists():
         return ["train.py", "--resume", str(out)]
     return [*TRAIN, *CASES[case], "--out", str(out)]
@@ -85,9 +120,18 @@ def command_of(case, out):
 
 def start(case, out, folder):
     out.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of many threads, sums could differ from one run to the next
-    return subprocess.Popen([sys.executable, str(ROOT / command_of(case, out)[0]), *command_of(case, out)[1:]], cwd=folder,
-                            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # of many threads, sums could differ from one run to the next
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / command_of(case, out)[0]), *command_of(case, out)[1:]],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(case, out, folder):
@@ -129,31 +173,59 @@ def kill_once(case, out, folder, seconds, wait_for_write):
 
 
 def kill_one_of_two(folder):
-    """Whether the other process ends within a minute with the reason, and one process goes on to the same losses."""
+    """Whether the other ends within a minute with a reason, and one process resumes to the same losses."""
     alone, out = folder / "processes-alone", folder / "processes-two"
     expected, _ = finish("processes", alone, folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py",
-               *TRAIN[1:], *CASES["processes"], "--out", out]
-    torchrun = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        ROOT / "train.py",
+        *TRAIN[1:],
+        *CASES["processes"],
+        "--out",
+        out,
+    ]
+    torchrun = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = out / "log.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < 5:
         time.sleep(0.01)
-    ranks = subprocess.run(["pgrep", "-P", str(torchrun.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(torchrun.pid), "-f", "train.py"], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(random.choice(ranks)), signal.SIGKILL)
     begun = time.monotonic()
     _, errors = torchrun.communicate()
-    seconds, reason = time.monotonic() - begun, [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    seconds, reason = (
+        time.monotonic() - begun,
+        [line for line in errors.splitlines() if line.startswith("train.py: ")],
+    )
     events, _ = finish("processes", out, folder)
     losses = [[e["loss"] for e in run if e["event"] == "step"] for run in (expected, events)]
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    print(f"processes: one of {len(ranks)} killed, the other ended {seconds:.0f} s later, {reason[:1]}; resumed by one process, "
-          f"losses equal to {difference:.0e}", flush=True)
+    print(
+        f"processes: one of {len(ranks)} killed, the other ended {seconds:.0f} s later, {reason[:1]}; "
+        f"resumed by one process, "
+        f"losses equal to {difference:.0e}",
+        flush=True,
+    )
     return torchrun.returncode != 0 and seconds < 60 and bool(reason) and difference < 1e-4
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -165,8 +237,21 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder)
-        anchor = ["--pair", "image-text", "--steps", "20", "--samples", "1280", "--workers", "0", "--out", "runs/toy-anchor"]
-        subprocess.run([sys.executable, ROOT / "train.py", *anchor], cwd=folder, check=True, capture_output=True)
+        anchor = [
+            "--pair",
+            "image-text",
+            "--steps",
+            "20",
+            "--samples",
+            "1280",
+            "--workers",
+            "0",
+            "--out",
+            "runs/toy-anchor",
+        ]
+        subprocess.run(
+            [sys.executable, ROOT / "train.py", *anchor], cwd=folder, check=True, capture_output=True
+        )
         for case in args.cases or CASES:
             if case == "processes":
                 failed = not kill_one_of_two(folder) or failed
@@ -180,12 +265,19 @@ def main():
                 if kill_once(case, out, folder, random.uniform(0, seconds), wait_for_write=tries % 2 == 0):
                     kills, halfway = kills + 1, halfway + writing(out.parent, moment)
                 else:  # it came to its end before
-                    same, runs, seconds = same and result(out) == expected, runs + 1, min(seconds, time.time() - moment)
+                    same, runs, seconds = (
+                        same and result(out) == expected,
+                        runs + 1,
+                        min(seconds, time.time() - moment),
+                    )
             out = folder / f"{case}-{runs}" / "run"
             same = same and finish(case, out, folder) == expected
             failed = failed or not same
-            print(f"{case}: {'the same as' if same else 'NOT the same as'} the run left alone; {kills} kills "
-                  f"({halfway} while writing) over {runs + 1} runs", flush=True)
+            print(
+                f"{case}: {'the same as' if same else 'NOT the same as'} the run left alone; {kills} kills "
+                f"({halfway} while writing) over {runs + 1} runs",
+                flush=True,
+            )
             for path in folder.glob(f"{case}-*"):
                 shutil.rmtree(path)
     sys.exit(int(failed))

@@ -1,6 +1,6 @@
-"""Memory and time of a retrieval whose scores, all at once, would not fit: evaluate.search on N x N embeddings.
+"""Memory and time of a retrieval whose scores would not fit at once: evaluate.search on N x N embeddings.
 
-    python benchmarks/retrieval.py              # 100,000 x 100,000 of width 512: 40 GB of scores
+python benchmarks/retrieval.py              # 100,000 x 100,000 of width 512: 40 GB of scores
 """
 
 import argparse
@@ -23,20 +23,32 @@ def memory(name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=512)
     args = parser.parse_args()
     torch.manual_seed(0)
-    queries, gallery, labels = torch.empty(args.items, args.width), torch.empty(args.items, args.width), torch.arange(args.items)
-    for q, g in zip(queries.split(1000), gallery.split(1000)):  # in parts, so that making them is not the peak
+    queries, gallery, labels = (
+        torch.empty(args.items, args.width),
+        torch.empty(args.items, args.width),
+        torch.arange(args.items),
+    )
+    for q, g in zip(
+        queries.split(1000), gallery.split(1000)
+    ):  # in parts, so that making them is not the peak
         g.copy_(F.normalize(torch.randn_like(g), dim=-1))
         q.copy_(F.normalize(g + 0.25 * torch.randn_like(q), dim=-1))
     before, start = memory("VmRSS"), time.monotonic()
     figures = evaluate.search(queries, labels, gallery, labels)
     seconds, extra = time.monotonic() - start, memory("VmHWM") - before
-    print(f"{args.items:,} x {args.items:,} of width {args.width}, {torch.get_num_threads()} threads: {seconds:.0f} s, "
-          f"{extra:.2f} GB beyond the embeddings' {2 * 4 * args.items * args.width / 1e9:.2f} GB; R@1 {figures['R@1']:.1%}")
+    print(
+        f"{args.items:,} x {args.items:,} of width {args.width}, {torch.get_num_threads()} threads: "
+        f"{seconds:.0f} s, "
+        f"{extra:.2f} GB beyond the embeddings' {2 * 4 * args.items * args.width / 1e9:.2f} GB; "
+        f"R@1 {figures['R@1']:.1%}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Counts the code lines (not blank, comment or docstring) of the six files and the folders; fails above the caps.
+"""Counts code lines (not blank, comment or docstring) of the six files and the folders; fails above the caps.
 
-    python tests/sizes.py
+python tests/sizes.py
 """
 
 import ast
@@ -15,7 +15,10 @@ def docstring_lines(tree):
     """Numbers of the lines that docstrings stand on."""
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
             found.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return found
 
@@ -36,8 +39,12 @@ def main():
     for folder in ("files", "sources", "runtime"):
         folders[folder] = sum(code_lines(path) for path in ROOT.glob(f"{folder}/*.py"))
     examples = {path.name: code_lines(path) for path in sorted(ROOT.glob("examples/*.py"))}
-    sizes = {"one of the six": max(six.values()), "the six": sum(six.values()),
-             "files, sources, runtime": sum(folders.values()), "an example": max(examples.values())}
+    sizes = {
+        "one of the six": max(six.values()),
+        "the six": sum(six.values()),
+        "files, sources, runtime": sum(folders.values()),
+        "an example": max(examples.values()),
+    }
     print(six, folders, examples)
     for name, size in sizes.items():
         print(f"{name}: {size} code lines, at most {CAPS[name]}")

@@ -32,7 +32,15 @@ def write_wav(path, samples, rate, bits, kind=1, extensible=False):
         whole = np.round(samples * (2 ** (bits - 1) - 1)).astype("<i4")
         raw = np.ascontiguousarray(whole).view("u1").reshape(-1, 4)[:, : bits // 8].tobytes()
     channels, width = samples.shape[1], bits // 8
-    fmt = struct.pack("<HHIIHH", 0xFFFE if extensible else kind, channels, rate, rate * width * channels, width * channels, bits)
+    fmt = struct.pack(
+        "<HHIIHH",
+        0xFFFE if extensible else kind,
+        channels,
+        rate,
+        rate * width * channels,
+        width * channels,
+        bits,
+    )
     if extensible:
         fmt += struct.pack("<HHIH", 22, bits, 0, kind) + bytes(14)
     chunks = b"fmt " + struct.pack("<I", len(fmt)) + fmt + b"LIST" + struct.pack("<I", 3) + b"abc\0"
@@ -41,7 +49,9 @@ def write_wav(path, samples, rate, bits, kind=1, extensible=False):
     return path
 
 
-@pytest.mark.parametrize("bits,kind,extensible", [(8, 1, False), (16, 1, False), (24, 1, True), (32, 1, False), (32, 3, False)])
+@pytest.mark.parametrize(
+    "bits,kind,extensible", [(8, 1, False), (16, 1, False), (24, 1, True), (32, 1, False), (32, 3, False)]
+)
 def test_wav_of_any_width_is_read(tmp_path, bits, kind, extensible):
     samples = np.stack([np.sin(np.arange(4000) / 9), np.zeros(4000)], axis=1) * 0.9
     wave = decode.read_audio(write_wav(tmp_path / "a.wav", samples, 16000, bits, kind, extensible))
@@ -66,7 +76,9 @@ def test_depth_is_disparity_of_millimetres(tmp_path):
     np.save(tmp_path / "c.npy", metres)
     for name, options in (("a.png", {}), ("b.png", {"sunrgbd": True}), ("c.npy", {})):
         x = load("depth", tmp_path / name, baseline=0.075, focal_length=0.8, **options)
-        assert x.shape == (1, 224, 224) and torch.allclose(x, torch.tensor((0.075 * 0.8 / 1.5 - 0.0418) / 0.0295), atol=1e-4)
+        assert x.shape == (1, 224, 224) and torch.allclose(
+            x, torch.tensor((0.075 * 0.8 / 1.5 - 0.0418) / 0.0295), atol=1e-4
+        )
 
 
 def test_the_bytes_of_a_file_stand_for_its_path(tmp_path):
@@ -85,7 +97,12 @@ def test_what_cannot_be_read_is_named(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "colour.png")
     np.save(tmp_path / "three.npy", np.zeros((3, 100)))
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
-    for modality, name in (("depth", "colour.png"), ("imu", "three.npy"), ("image", "cut.jpg"), ("audio", "none.wav")):
+    for modality, name in (
+        ("depth", "colour.png"),
+        ("imu", "three.npy"),
+        ("image", "cut.jpg"),
+        ("audio", "none.wav"),
+    ):
         with pytest.raises(DataError, match=name):
             load(modality, tmp_path / name)
     with pytest.raises(DataError, match="empty"):
@@ -96,8 +113,10 @@ def test_pictures_of_a_sample_are_cropped_and_flipped_together():
     world = ToyWorld(size=64, crowded=0.0)
     for index in range(20):
         sample = Samples(world, {m: TINY[m] for m in ("depth", "thermal")})[(index, index)]
-        depth, thermal = (abs(sample[m][0] - sample[m][0, 0, 0]) > 0.3 * abs(sample[m][0] - sample[m][0, 0, 0]).max()
-                          for m in ("depth", "thermal"))
+        depth, thermal = (
+            abs(sample[m][0] - sample[m][0, 0, 0]) > 0.3 * abs(sample[m][0] - sample[m][0, 0, 0]).max()
+            for m in ("depth", "thermal")
+        )
         assert (depth == thermal).float().mean() > 0.75, index
 
 
@@ -109,7 +128,10 @@ def test_a_drawn_sample_is_cropped_as_the_cached_view_of_its_anchor(monkeypatch)
     monkeypatch.setattr(cache, "look_up", lambda index, number: number)
     samples = [Samples(world, {"depth": TINY["depth"]}, cache=cache)[(draw, 7)] for draw in range(30)]
     fixed = [View(1.0, 1.0, 0.5, 0.5, False), *(data.cached_view(world, 7, number)[1] for number in (1, 2))]
-    assert used == [fixed[sample["image"]] for sample in samples] and len({sample["image"] for sample in samples}) == 3
+    assert (
+        used == [fixed[sample["image"]] for sample in samples]
+        and len({sample["image"] for sample in samples}) == 3
+    )
 
 
 def test_a_view_crops_where_it_says():
@@ -139,12 +161,14 @@ def test_a_manifest_keeps_quotes_commas_and_newlines(tmp_path):
 
 def test_a_missing_file_is_bad_and_never_replaced(tmp_path):
     (tmp_path / "m.csv").write_text("image,text\nnone.png,a dog\n")
-    batch, bad = data.collate([Samples(Table(tmp_path / "m.csv"), {"image": TINY["image"], "text": TINY["text"]})[0]])
+    batch, bad = data.collate(
+        [Samples(Table(tmp_path / "m.csv"), {"image": TINY["image"], "text": TINY["text"]})[0]]
+    )
     assert batch is None and bad[0].name == "m.csv:1" and "none.png" in bad[0].reason
 
 
 def write_shards(folder, sizes, **files):
-    """Tars s-0.tar, ... of so many samples each, with a picture, a text and a class, and whatever else is given."""
+    """Tars s-0.tar, ... of so many samples with a picture, a text, a class and what else is given."""
     world, number = ToyWorld(size=sum(sizes)), 0
     for shard, size in enumerate(sizes):
         with tarfile.open(folder / f"s-{shard}.tar", "w") as tar:
@@ -152,7 +176,12 @@ def write_shards(folder, sizes, **files):
                 picture = io.BytesIO()
                 Image.fromarray(world.read(number, "image")).save(picture, "png")
                 text, label = world.read(number, "text").encode(), str(world.label(number)).encode()
-                for ending, content in {"png": picture.getvalue(), "txt": text, "cls": label, **files}.items():
+                for ending, content in {
+                    "png": picture.getvalue(),
+                    "txt": text,
+                    "cls": label,
+                    **files,
+                }.items():
                     member = tarfile.TarInfo(f"{number:04d}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -165,7 +194,12 @@ def test_a_shard_holds_what_its_files_hold_and_a_name_is_only_a_name(tmp_path, f
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 100).save(tmp_path / "depth.png")
     write_wav(tmp_path / "wav", np.sin(np.arange(4000) / 9)[:, None], 16000, 16)
     (tmp_path / "txt").write_text("a dog")
-    stems = ["/absolute", "../../up", "a" * 60 + "/" + "b" * 80, "c" * (90 if form == tarfile.USTAR_FORMAT else 300)]
+    stems = [
+        "/absolute",
+        "../../up",
+        "a" * 60 + "/" + "b" * 80,
+        "c" * (90 if form == tarfile.USTAR_FORMAT else 300),
+    ]
     with tarfile.open(tmp_path / "s.tar", "w", format=form) as tar:
         for stem in stems:
             for ending in ("depth.png", "wav", "txt"):
@@ -195,14 +229,18 @@ def test_a_damaged_shard_is_named_and_the_others_go_on(tmp_path):
     (tmp_path / "s-4.tar").unlink()
     samples = [Samples(shards, {"text": TINY["text"]})[i] for i in shards.indices()]
     bad = [s for s in samples if isinstance(s, data.Bad)]
-    assert [b.name for b in bad] == [f"s-{i}.tar:damaged" for i in (1, 2, 3, 4)] and f"byte {size:,}" in bad[0].reason
+    assert [b.name for b in bad] == [f"s-{i}.tar:damaged" for i in (1, 2, 3, 4)] and f"byte {size:,}" in bad[
+        0
+    ].reason
     assert len(samples) - len(bad) == 5 + 3 * 3
 
 
 def test_shards_are_drawn_in_parts_and_go_on_where_they_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "BUFFER", 4)
     source = open_data(write_shards(tmp_path, [7, 5, 9]))
-    assert len(source) == 21 and source.classes == [str(c) for c in sorted({ToyWorld().label(i) for i in range(21)})]
+    assert len(source) == 21 and source.classes == [
+        str(c) for c in sorted({ToyWorld().label(i) for i in range(21)})
+    ]
     for world in (1, 3, 4):  # 4: fewer shards than processes
         parts = [list(batch_keys(source, 12, epochs=9, seed=1, rank=r, world=world)) for r in range(world)]
         seen = [[index for batch in part for _, index in batch] for part in parts]
@@ -210,7 +248,10 @@ def test_shards_are_drawn_in_parts_and_go_on_where_they_stopped(tmp_path, monkey
         assert sorted(sum(passes, [])) == list(source.indices()) != sum(passes, [])
         assert len({number for part in parts for batch in part for number, _ in batch}) == 9 * 12
         for start in (1, 4, 8):
-            assert list(batch_keys(source, 12, 9, seed=1, start=start, rank=world - 1, world=world)) == parts[-1][start:]
+            assert (
+                list(batch_keys(source, 12, 9, seed=1, start=start, rank=world - 1, world=world))
+                == parts[-1][start:]
+            )
 
 
 def test_processes_and_resumed_runs_draw_the_same_batches():

@@ -72,8 +72,16 @@ def test_patches_are_a_convolution(modality):
 def test_extra_key_and_value_are_those_of_multihead_attention():
     ours, x = Attention(32, 4, extra_kv=True), torch.randn(2, 5, 32)
     theirs = torch.nn.MultiheadAttention(32, 4, add_bias_kv=True, batch_first=True)
-    theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias, "out_proj.weight": ours.proj.weight,
-                            "out_proj.bias": ours.proj.bias, "bias_k": torch.randn(1, 1, 32), "bias_v": torch.randn(1, 1, 32)})
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": ours.qkv.weight,
+            "in_proj_bias": ours.qkv.bias,
+            "out_proj.weight": ours.proj.weight,
+            "out_proj.bias": ours.proj.bias,
+            "bias_k": torch.randn(1, 1, 32),
+            "bias_v": torch.randn(1, 1, 32),
+        }
+    )
     ours.bias_k, ours.bias_v = theirs.bias_k, theirs.bias_v
     assert torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
 
@@ -81,8 +89,14 @@ def test_extra_key_and_value_are_those_of_multihead_attention():
 @pytest.mark.parametrize("modality", ["text", "audio"])
 def test_a_block_asked_for_one_token_gives_what_it_gives_for_all(modality):
     torch.manual_seed(0)
-    block, x, token = Block(preset("tiny", modality), extra_kv=False), torch.randn(3, 6, preset("tiny", modality).width), [2, 0, 5]
-    assert torch.allclose(block(x, token=torch.tensor(token)), block(x)[range(3), token].unsqueeze(1), atol=1e-6)
+    block, x, token = (
+        Block(preset("tiny", modality), extra_kv=False),
+        torch.randn(3, 6, preset("tiny", modality).width),
+        [2, 0, 5],
+    )
+    assert torch.allclose(
+        block(x, token=torch.tensor(token)), block(x)[range(3), token].unsqueeze(1), atol=1e-6
+    )
 
 
 def test_clips_are_embedded_each_and_averaged():

@@ -24,7 +24,10 @@ def test_picture_is_the_original_s():
 
 
 def test_sound_is_the_original_s():
-    x, recorded = data.load("audio", PARITY / "stereo_22050.wav"), RECORDED["audio"]  # two channels, resampled, 3.1 s
+    x, recorded = (
+        data.load("audio", PARITY / "stereo_22050.wav"),
+        RECORDED["audio"],
+    )  # two channels, resampled, 3.1 s
     assert tuple(x.shape) == recorded["shape"]
     assert (x[..., ::5, ::5] - recorded["every_5th"]).abs().max() < 1e-4
     assert abs(x.mean() - recorded["mean"]) < 1e-5 and abs(x.std() - recorded["std"]) < 1e-5
@@ -41,7 +44,9 @@ def test_token_lists_are_the_original_s():
     except ValueError as error:
         pytest.skip(f"CLIP's vocabulary is not here; name it in CLIP_BPE: {error}")
     for row in json.loads((PARITY / "tokens.json").read_text()):
-        assert tokenizer.encode(row["text"]).tolist() == row["tokens"] + [0] * (77 - len(row["tokens"])), row["text"]
+        assert tokenizer.encode(row["text"]).tolist() == row["tokens"] + [0] * (77 - len(row["tokens"])), row[
+            "text"
+        ]
 
 
 class Counting(Video):
@@ -52,14 +57,26 @@ class Counting(Video):
 
     def frames(self, indices):
         rows, columns = np.mgrid[: self.height, : self.width]
-        return torch.from_numpy(np.stack([np.stack([columns, rows, np.full_like(rows, i)]) for i in indices])).to(torch.uint8)
+        return torch.from_numpy(
+            np.stack([np.stack([columns, rows, np.full_like(rows, i)]) for i in indices])
+        ).to(torch.uint8)
 
 
 # frames: of the original's data.py with decord on files of these lengths
-@pytest.mark.parametrize("fps, count, size, starts, corners", [
-    (30000 / 1001, 219, (224, 250), [(0, 59), (32, 91), (64, 123), (96, 155), (128, 187)], [(0, 0), (13, 0), (26, 0)]),
-    (25.0, 30, (255, 224), [(0, 29)] * 5, [(0, 0), (0, 16), (0, 31)]),
-    (25.0, 1, (224, 224), [(0, 0)] * 5, [(0, 0)] * 3)])
+@pytest.mark.parametrize(
+    "fps, count, size, starts, corners",
+    [
+        (
+            30000 / 1001,
+            219,
+            (224, 250),
+            [(0, 59), (32, 91), (64, 123), (96, 155), (128, 187)],
+            [(0, 0), (13, 0), (26, 0)],
+        ),
+        (25.0, 30, (255, 224), [(0, 29)] * 5, [(0, 0), (0, 16), (0, 31)]),
+        (25.0, 1, (224, 224), [(0, 0)] * 5, [(0, 0)] * 3),
+    ],
+)
 def test_video_is_five_clips_of_first_and_last_frame_in_three_squares(fps, count, size, starts, corners):
     x = data.transform("video", Counting(fps, count, *size), preset("huge", "video"))
     assert x.shape == (15, 3, 2, 224, 224)
