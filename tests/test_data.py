@@ -14,7 +14,7 @@ from data import DataError, Samples, View, batch_keys, load
 from files import decode
 from model import MODALITIES, preset
 from runtime.cache import Cache
-from sources import open_data, shards
+from sources import open_data, shards, toy
 from sources.manifest import Table
 from sources.shards import SHARD_STRIDE
 from sources.toy import CONCEPTS, ToyWorld
@@ -150,6 +150,14 @@ def test_the_toy_world_is_the_same_by_index_and_its_splits_never_meet():
         assert not np.array_equal(train.read(7, modality), test.read(7, modality))
     captions = [{world.read(i, "text") for i in range(3000)} for world in (train, test)]
     assert not captions[0] & captions[1]
+
+
+def test_the_toy_world_does_not_depend_on_the_order_of_modalities(monkeypatch):
+    before = {m: ToyWorld().read(3, m) for m in ("image", "audio", "imu")}
+    monkeypatch.setattr(toy, "MODALITIES", ("touch", *reversed(MODALITIES)))
+    assert all(np.array_equal(ToyWorld().read(3, m), x) for m, x in before.items())
+    streams = {toy.stream_of(m) for m in (*MODALITIES, "touch")}
+    assert len(streams) == 8 and toy.SCENE not in streams
 
 
 def test_a_manifest_keeps_quotes_commas_and_newlines(tmp_path):
