@@ -6,8 +6,8 @@ samples, batches and their order.
 
 Whatever the file or generator behind it, a modality is first *read* into one plain form (files/decode.py):
 image (H, W, 3) uint8, video a `Video`, text a string, audio a waveform (channels, T) at 16 kHz, depth
-the disparity (H, W), thermal (H, W) in 0..1, imu (6, T). Then it is *transformed*, here, to the tensor
-that the encoder of a given config reads.
+the disparity (H, W), NaN where nothing was measured, thermal (H, W) in 0..1, imu (6, T). Then it is
+*transformed*, here, to the tensor that the encoder of a given config reads.
 
     python data.py            # counts of the toy world, and toy.png with samples in all modalities
     python data.py SPEC       # whatever --data takes: its counts, classes, absent files and one sample
@@ -33,7 +33,7 @@ from model import preset
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 AUDIO_MEAN, AUDIO_STD = -4.268, 9.138  # of log-mel energies on AudioSet
-DEPTH_MEAN, DEPTH_STD = 0.0418, 0.0295  # of disparities
+DEPTH_MEAN, DEPTH_STD = 0.0418, 0.0295  # of disparities, in the units of files/decode.py's to_disparity
 CLIP_SECONDS = 2  # of sound and video that an encoder sees at once
 AUDIO_CLIPS, VIDEO_CLIPS = 3, 5  # of one item in evaluation; their embeddings are averaged
 
@@ -44,8 +44,8 @@ def load(modality, item, config=None, **options):
     image (3, 224, 224); text (77,) token ids; audio (3 clips, 1, 128, 204); depth and thermal
     (1, 224, 224); imu (6, 2000); video (5 clips * 3 crops, 3, 2, 224, 224); other sizes where
     `config` (an EncoderConfig, as model.encoder(modality).config) says so. The bytes of a file stand for its
-    path; imu also takes an array; depth takes baseline, focal_length and sunrgbd (see read_depth).
-    Raises DataError.
+    path; imu also takes an array. Options are the reader's (files/decode.py): depth takes baseline,
+    focal_length, scale and sunrgbd, thermal low and high, audio start and seconds. Raises DataError.
     """
     name = item if isinstance(item, (str, Path)) else f"these {modality} data"
     # Whatever goes wrong below becomes one line that names the item.
@@ -162,7 +162,12 @@ def filter_bank(wave, bins, frames):
 
 
 def evaluate_depth(x, config):
-    return (evaluate_map(x, config) - DEPTH_MEAN) / DEPTH_STD
+    return normalise_depth(evaluate_map(x, config))
+
+
+def normalise_depth(x):
+    """Disparity -> zero mean and unit deviation, and 0 where nothing was measured (NaN)."""
+    return ((x - DEPTH_MEAN) / DEPTH_STD).nan_to_num(nan=0.0)
 
 
 def evaluate_map(x, config):
@@ -170,8 +175,24 @@ def evaluate_map(x, config):
 
     Thermal's 0..1 go in like this: neither the paper nor the released code names a mean and deviation.
     """
-    picture = resize_and_crop(Image.fromarray(x), config.input_shape[-1])
-    return torch.from_numpy(np.array(picture))[None]
+    def resample(x):
+        picture = resize_and_crop(Image.fromarray(x.numpy()), config.input_shape[-1])
+        return torch.from_numpy(np.array(picture))
+
+    return around_holes(torch.from_numpy(x), resample)[None]
+
+
+def around_holes(x, resample):
+    """resample(x) of a map (H, W) with NaN: a pixel is of what was measured, NaN if less than half of it was.
+
+    Otherwise a hole would reach into its neighbours, or its neighbours into the hole.
+    """
+    measured = x.isfinite()
+    if measured.all():
+        return resample(x)
+    total = resample(torch.where(measured, x, 0.0))
+    share = resample(measured.float())
+    return torch.where(share > 0.5, total / share, torch.nan)
 
 
 def evaluate_imu(x, config):
@@ -316,14 +337,17 @@ def mask_frequencies(clip, rng):
 
 
 def train_depth(x, config, rng, view):
-    return (train_map(x, config, rng, view) - DEPTH_MEAN) / DEPTH_STD
+    return normalise_depth(train_map(x, config, rng, view))
 
 
 def train_map(x, config, rng, view):
-    x = torch.from_numpy(x)[None, None]  # (1, 1, H, W)
+    x = torch.from_numpy(x)  # (H, W)
     view = view or View.centre(x)
-    x = view.crop(x, config.input_shape[-1])
-    return random_erase(x, rng)[0]
+
+    def resample(x):
+        return view.crop(x[None, None], config.input_shape[-1])[0, 0]
+
+    return random_erase(around_holes(x, resample)[None], rng)
 
 
 def colour_jitter(x, rng, strength=0.3):
@@ -350,7 +374,7 @@ def random_erase(x, rng, probability=0.25, area=(0.02, 0.15)):
     w = min(W, max(1, round(W * math.sqrt(share / aspect))))
     top = int(rng.integers(0, H - h + 1))
     left = int(rng.integers(0, W - w + 1))
-    x[..., top : top + h, left : left + w] = x.mean()
+    x[..., top : top + h, left : left + w] = x.nanmean()
     return x
 
 

@@ -60,12 +60,13 @@ TEMPLATES = {
 def ranks(queries, gallery, query_labels, gallery_labels):
     """The rank (Q,), from 1, of the best gallery item (G, E) with the label of each query (Q, E).
 
-    Ties count against the query: items with another label and the same score rank before its own, so that
-    a model that gives everything one embedding scores 0. Scores that are not numbers rank before, too.
-    A query without any item of its label has rank G + 1.
+    Equal scores are ranked in a fixed random order: a model that gives everything one embedding scores
+    chance. Scores that are not numbers rank before all. A query without any item of its label has rank G + 1.
     """
     # Preallocated: small tensors kept between large ones fragment the heap.
     rank = torch.empty(len(queries), dtype=torch.long)
+    G = len(gallery)
+    order = torch.randperm(G, generator=torch.Generator().manual_seed(0)).int()  # (G,)
     for part in row_slices(len(queries), len(gallery), SCORES_AT_ONCE):
         scores = queries[part] @ gallery.T  # (q, G)
         match = query_labels[part, None] == gallery_labels
@@ -76,8 +77,13 @@ def ranks(queries, gallery, query_labels, gallery_labels):
         # below the best ranks before it.
         best = scores.new_full((len(scores),), -torch.inf)
         best.scatter_reduce_(0, query, scores[query, item], "amax")
+        # Of several best matches the first in the fixed order counts.
+        best_order = torch.full((len(scores),), G, dtype=torch.int32)
+        is_best = scores[query, item] == best[query]
+        best_order.scatter_reduce_(0, query[is_best], order[item[is_best]], "amin")
         scores[query, item] = -torch.inf
-        before = (scores < best[:, None]).logical_not_()
+        before = (scores <= best[:, None]).logical_not_()  # higher, or not a number
+        before |= (scores == best[:, None]) & (order < best_order[:, None])
         # An int32 sum needs half the memory.
         rank[part] = 1 + before.sum(dim=1, dtype=torch.int32)
     return rank

@@ -1,8 +1,6 @@
-"""Reads damaged and absurd files: each must become a finite tensor of the right shape, or a DataError.
+"""Damaged and absurd files: each must become a finite tensor of the right shape or a DataError that names it.
 
-A DataError names the file.
-
-    python benchmarks/damage.py                # 300 files per reader; those that break a promise are kept
+    python benchmarks/damage.py                     # 300 files per reader; keeps those that break a promise
     python benchmarks/damage.py --count 50 wav npy  # fewer, of two readers
 
 Anything else is a violation: another exception, the end of the process, more than 5 s, more than 1 GB
@@ -54,6 +52,23 @@ def picture(rng, ending, dtype=np.uint8, channels=3):
     return file.getvalue()
 
 
+def tiff(array):
+    file = io.BytesIO()
+    Image.fromarray(array.astype(np.float32)).save(file, "TIFF")
+    return file.getvalue()
+
+
+def sideways(array, orientation=6):
+    """A JPEG with an EXIF orientation, or with other bytes for its EXIF."""
+    exif = orientation
+    if isinstance(orientation, int):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
 def wav(samples, rate=8000, kind=1, channels=1, claimed=None):
     raw = samples.tobytes()
     width = samples.itemsize
@@ -62,6 +77,14 @@ def wav(samples, rate=8000, kind=1, channels=1, claimed=None):
     claimed = len(raw) if claimed is None else claimed
     chunks = b"WAVEfmt " + struct.pack("<I", 16) + head + b"data" + struct.pack("<I", claimed) + raw
     return b"RIFF" + struct.pack("<I", len(chunks) & 0xFFFFFFFF) + chunks
+
+
+def adpcm(block=256, each=505, channels=1, blocks=80):
+    """A WAV of IMA's ADPCM, of noise: `each` samples in a block of so many bytes."""
+    head = struct.pack("<HHIIHHHH", 17, channels, 8000, 4000, block, 4, 2, each)
+    raw = np.random.default_rng(0).bytes(block * blocks)
+    chunks = b"WAVEfmt " + struct.pack("<I", 20) + head + b"data" + struct.pack("<I", len(raw)) + raw
+    return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
 
 
 def npy(array):
@@ -97,8 +120,14 @@ def tone(count=16000, dtype=np.int16, scale=20000):
 KINDS = {  # name: modality, ending, a whole file
     "jpeg": ("image", ".jpg", lambda rng: picture(rng, "JPEG")),
     "png8": ("image", ".png", lambda rng: picture(rng, "PNG")),
+    "rgba": ("image", ".png", lambda rng: picture(rng, "PNG", channels=4)),
+    "grey16": ("image", ".png", lambda rng: picture(rng, "PNG", np.uint16, 1)),
+    "float": ("image", ".tif", lambda rng: tiff(rng.random((60, 80)))),
+    "exif": ("image", ".jpg", lambda rng: sideways(rng.integers(0, 255, (60, 80, 3)).astype(np.uint8))),
     "png16": ("depth", ".png", lambda rng: picture(rng, "PNG", np.uint16, 1)),
     "thermal": ("thermal", ".png", lambda rng: picture(rng, "PNG", np.uint8, 1)),
+    "thermal16": ("thermal", ".png", lambda rng: picture(rng, "PNG", np.uint16, 1)),
+    "depth_tiff": ("depth", ".tif", lambda rng: tiff(rng.uniform(1, 5, (60, 80)))),
     "wav": ("audio", ".wav", lambda rng: wav(tone())),
     "wav_float": ("audio", ".wav", lambda rng: wav(tone(dtype=np.float32, scale=1), kind=3)),
     "npy": ("imu", ".npy", lambda rng: npy(rng.normal(size=(6, 400)))),
@@ -124,9 +153,8 @@ def png_of_size(width, height, depth=8, colour=0, rows=b""):
     """A PNG that claims a size, with right check sums."""
 
     def chunk(name, content):
-        return (
-            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        )
+        size, check = len(content), zlib.crc32(name + content)
+        return struct.pack(">I", size) + name + content + struct.pack(">I", check)
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
@@ -142,31 +170,41 @@ def npy_header(description):
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
 
 
-def absurd_pngs(depth):
-    width = depth // 8
-    yield png_of_size(100_000, 100_000, depth)
-    yield png_of_size(2**31 - 1, 1, depth)
-    yield png_of_size(0, 0, depth)
-    yield png_of_size(1, 1, depth, rows=bytes(1 + width))
-    for w, h in ((1, 50_000), (50_000, 1), (2, 9000), (9000, 2), (6000, 6000), (7000, 7000), (9900, 9900)):
-        yield png_of_size(w, h, depth, rows=bytes((1 + w * width) * h))
+def absurd_pngs(depth, channels=1):
+    width = depth // 8 * channels
+    colour = 6 if channels == 4 else 0
+    for w, h in ((100_000, 100_000), (2**31 - 1, 1), (0, 0)):
+        yield png_of_size(w, h, depth, colour)
+    yield png_of_size(1, 1, depth, colour, bytes(1 + width))
+    for w, h in ((1, 50_000), (50_000, 1), (2, 9000), (9000, 2), (5000, 5000), (7000, 7000), (9900, 9900)):
+        yield png_of_size(w, h, depth, colour, bytes((1 + w * width) * h))
+
+
+def absurd_tiffs():
+    for value in (np.nan, np.inf, -np.inf, 3e38, -1, 0, 1e-45, 1, 2):
+        yield tiff(np.full((60, 80), value))
+    half = np.ones((60, 80))
+    half[:, 40:] = np.nan
+    yield tiff(half)
+    for side in (5000, 7000):
+        yield tiff(np.full((side, side), 0.5, np.float32))
+
+
+def absurd_exifs():
+    small = np.zeros((60, 80, 3), np.uint8)
+    for orientation in range(11):
+        yield sideways(small, orientation)
+    for exif in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0" + b"\xff" * 60_000):
+        yield sideways(small, exif)
+    yield sideways(np.zeros((7000, 7000, 3), np.uint8))
 
 
 def absurd_arrays():
-    for shape in (
-        "(6, 1000000000000)",
-        "(6, 400000000)",
-        "(-1, 6)",
-        "(6,)",
-        "()",
-        "(6, 0)",
-        "(2,)*99",
-        "(" * 500,
-    ):
+    shapes = ("(6, 1000000000000)", "(6, 400000000)", "(-1, 6)", "(6,)", "()", "(6, 0)", "(2,)*99", "(" * 500)
+    for shape in shapes:
         for kind in ("<f8", "|O", "|V8", "<U9", "<c16", "<M8[s]"):
-            yield npy_header(f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}") + bytes(
-                4800
-            )
+            head = npy_header(f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}")
+            yield head + bytes(4800)
     for value in (np.nan, np.inf, -np.inf, 1e300, 3e38, 1e-320, 0):
         yield npy(np.full((6, 400), value))
         yield npy(np.full((60, 80), value))
@@ -174,6 +212,11 @@ def absurd_arrays():
     yield npy(np.zeros((1, 50_000), np.float32))
     yield npy(np.zeros((8000, 8000), np.float64))
     yield npy(np.zeros((6, 400), bool))
+    yield npy(np.full((5000, 5000), 2.0))
+    for shape in ((1, 60, 80), (60, 80, 1), (1, 60, 1), (2, 60, 80)):
+        yield npy(np.full(shape, 2.0))
+    for kind in (np.uint8, np.uint16, np.int32, np.int64, np.float16):
+        yield npy(np.arange(4800).reshape(60, 80).astype(kind))
 
 
 def absurd_wavs():
@@ -189,14 +232,15 @@ def absurd_wavs():
         yield wav(np.full(16000, value, np.float32), kind=3)
         yield wav(tone(dtype=np.float32, scale=1) * np.float32(min(value, 3e38)), kind=3)
     yield wav(np.full(8000, 1e300), kind=3)
-    for minutes, rate in (
-        (60, 1000),
-        (30, 8000),
-        (12, 44100),
-        (11, 47999),
-        (30, 48000),
-    ):  # the last of 173 MB
+    long = ((60, 1000), (30, 8000), (12, 44100), (11, 47999), (30, 48000))  # the last of 173 MB
+    for minutes, rate in long:
         yield wav(np.zeros(minutes * 60 * rate, np.int16), rate)
+    for kind in (0, 2, 6, 7, 17, 49, 85, 0xFFFE):
+        yield wav(np.random.default_rng(0).integers(0, 255, 50_000).astype(np.uint8), kind=kind)
+    for block, each in ((256, 505), (0, 505), (256, 0), (256, 65535), (65534, 505), (34, 32), (255, 505)):
+        yield adpcm(block, each)
+    yield adpcm(34, 57, blocks=300_000)
+    yield b"RIFF\0\0\0\0WAVE" + b"junk\0\0\0\0" * 1_000_000
 
 
 def absurd_texts():
@@ -263,8 +307,14 @@ def absurd_films():
 
 ABSURD = {
     "png8": lambda: absurd_pngs(8),
+    "rgba": lambda: absurd_pngs(8, 4),
+    "grey16": lambda: absurd_pngs(16),
+    "float": absurd_tiffs,
+    "exif": absurd_exifs,
     "png16": lambda: absurd_pngs(16),
     "thermal": lambda: absurd_pngs(8),
+    "thermal16": lambda: absurd_pngs(16),
+    "depth_tiff": absurd_tiffs,
     "jpeg": lambda: absurd_pngs(8),
     "npy": absurd_arrays,
     "depth_npy": absurd_arrays,
@@ -305,9 +355,8 @@ def damage(content, rng):
         for bit in rng.integers(0, 8 * min(size, 128), rng.integers(1, 9)):
             content[bit // 8] ^= 1 << bit % 8
     else:
-        extreme = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4), b"\x01\0\0\0")[
-            rng.integers(5)
-        ]
+        extremes = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4), b"\x01\0\0\0")
+        extreme = extremes[rng.integers(5)]
         at = int(rng.integers(min(size, 200)))
         content[at : at + len(extreme)] = extreme
     if content.startswith(b"\x89PNG") and rng.random() < 0.5:
@@ -340,28 +389,25 @@ def damaged(kind, count, seed=0):
 
 
 def outcome(kind, path):
-    """ "tensor" or "DataError" if the promise holds for this file, else what broke it."""
+    """Says "tensor" or "DataError" if the promise holds for this file, else what broke it."""
     modality = KINDS[kind][0]
     try:
         if modality == "table":
             return read_table(path)
         item = path.read_text(encoding="utf-8", errors="surrogateescape") if modality == "text" else path
-        x = data.load(
-            modality, item, preset("tiny", "text") if modality == "text" else None
-        )  # which needs no vocabulary
+        config = preset("tiny", "text") if modality == "text" else None  # which needs no vocabulary
+        x = data.load(modality, item, config)
     except data.DataError as error:
         named = modality == "text" or path.name in str(error)
-        return (
-            "DataError"
-            if named and "\n" not in str(error)
-            else f"the error is no line that names the file: {error!r}"
-        )
+        if named and "\n" not in str(error):
+            return "DataError"
+        return f"the error is no line that names the file: {error!r}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"[:300]
     right = tuple(x.shape) == SHAPES[modality] and (modality == "text" or x.isfinite().all())
-    return (
-        "tensor" if right else f"a tensor of shape {tuple(x.shape)}, {x.isfinite().float().mean():.1%} finite"
-    )
+    if right:
+        return "tensor"
+    return f"a tensor of shape {tuple(x.shape)}, {x.isfinite().float().mean():.1%} finite"
 
 
 def read_table(path):
@@ -381,7 +427,7 @@ def read_table(path):
 def read_all(kind, folder):
     """Reads the files of a folder that are not reported yet, in a process of its own; a line for each."""
     report = open(folder / "report", "a")
-    for path in sorted(folder.glob("*.*"))[int((folder / "done").read_text()) :]:
+    for path in sorted(folder.glob("*.*"))[int((folder / "done").read_text()):]:
         if path.name == "imu.npy":
             continue
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -403,9 +449,8 @@ def run(kind, count, folder):
         (folder / "done").write_text(str(len(rows)))
         with open(folder / "stderr", "a") as stderr:
             subprocess.run([sys.executable, __file__, "--read", kind, str(folder)], stderr=stderr)
-        rows = [
-            json.loads(line) for line in (folder / "report").read_text().splitlines()
-        ]  # to where it ended, if it did
+        lines = (folder / "report").read_text().splitlines()  # to where it ended, if it did
+        rows = [json.loads(line) for line in lines]
         if len(rows) < total:
             name = f"{len(rows):04}{KINDS[kind][1]}"
             with open(folder / "report", "a") as report:
@@ -417,9 +462,8 @@ def run(kind, count, folder):
     tensors = sum(row[1] == "tensor" for row in rows)
     errors = sum(row[1] == "DataError" for row in rows)
     print(
-        f"{kind:10} {total:5} files: {tensors:4} tensors, {errors:4} DataErrors, "
-        f"{len(wrong):3} violations; slowest "
-        f" {max(row[2] for row in rows):.1f} s, peak {max(row[3] for row in rows)} MB",
+        f"{kind:10} {total:5} files: {tensors:4} tensors, {errors:4} DataErrors, {len(wrong):3} violations; "
+        f"slowest  {max(row[2] for row in rows):.1f} s, peak {max(row[3] for row in rows)} MB",
         flush=True,
     )
     for row in wrong[:10]:

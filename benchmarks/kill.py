@@ -6,7 +6,7 @@
 Every other try waits until a file is just being written. A case holds if what the last resume
 leaves (weights, log, results) is what the run left alone left, bit for bit; its steps save each time.
 Last, one of two processes is killed: the other must end within a minute and say why, and one process
-resumes to the losses of the run left alone, to 1e-4.
+goes on to the losses of the run left alone, to 1e-4.
 """
 
 import argparse
@@ -35,30 +35,10 @@ TRAIN = ["train.py", "--pair", "image-imu", "--steps", "40", "--batch-size", "16
 CASES = {  # name -> options beside TRAIN
     "plain": ["--samples", "160", "--workers", "0", "--amp", "off"],
     "workers": ["--samples", "160", "--workers", "2", "--amp", "bf16"],
-    "manifest": [
-        "--data",
-        "pairs.csv",
-        "--preset",
-        "tiny",
-        "--init",
-        "anchor.pt",
-        "--workers",
-        "2",
-        "--amp",
-        "off",
-    ],
-    "shards": [
-        "--data",
-        "pairs.tar",
-        "--preset",
-        "tiny",
-        "--init",
-        "anchor.pt",
-        "--workers",
-        "2",
-        "--amp",
-        "off",
-    ],
+    "manifest": ["--data", "pairs.csv", "--preset", "tiny", "--init", "anchor.pt",
+                 "--workers", "2", "--amp", "off"],
+    "shards": ["--data", "pairs.tar", "--preset", "tiny", "--init", "anchor.pt",
+               "--workers", "2", "--amp", "off"],
     "cache": ["--samples", "3000", "--cache-anchor", "2", "--workers", "2", "--amp", "off"],
     "tables": None,  # benchmarks/paper.py
     "processes": ["--samples", "160", "--workers", "0", "--amp", "off"],  # of two, one dies
@@ -66,7 +46,10 @@ CASES = {  # name -> options beside TRAIN
 
 
 def prepare(folder):
-    """Of the cases: an anchor, a manifest and a shard of 160 toy samples, a small ESC-50 and AudioCaps."""
+    """What the cases read: an anchor, a manifest and a shard of 160 toy samples, and sets/.
+
+    In sets/ are a small ESC-50 and a small AudioCaps.
+    """
     world = ToyWorld(size=160)
     torch.manual_seed(0)
     ImageBind([preset("tiny", m) for m in ("image", "text", "audio")]).save(folder / "anchor.pt")
@@ -100,19 +83,8 @@ def prepare(folder):
 def command_of(case, out):
     """The command that starts or resumes a case in the folder `out`."""
     if CASES[case] is None:
-        return [
-            "benchmarks/paper.py",
-            "--root",
-            "sets",
-            "--checkpoint",
-            "anchor.pt",
-            "--workers",
-            "0",
-            "--out",
-            str(out),
-            "--json",
-            str(out / "table.json"),
-        ]
+        return ["benchmarks/paper.py", "--root", "sets", "--checkpoint", "anchor.pt", "--workers", "0",
+                "--out", str(out), "--json", str(out / "table.json")]
     if (out / "config.json").exists():
         return ["train.py", "--resume", str(out)]
     return [*TRAIN, *CASES[case], "--out", str(out)]
@@ -120,17 +92,12 @@ def command_of(case, out):
 
 def start(case, out, folder):
     out.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1"
-    }  # of many threads, sums could differ from one run to the next
+    # of many threads, sums could differ from one run to the next
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / command_of(case, out)[0]), *command_of(case, out)[1:]],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        cwd=folder, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )
 
 
@@ -173,50 +140,31 @@ def kill_once(case, out, folder, seconds, wait_for_write):
 
 
 def kill_one_of_two(folder):
-    """Whether the other ends within a minute with a reason, and one process resumes to the same losses."""
+    """Whether the other ends within a minute with the reason, and one process goes on to the same losses."""
     alone, out = folder / "processes-alone", folder / "processes-two"
     expected, _ = finish("processes", alone, folder)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        ROOT / "train.py",
-        *TRAIN[1:],
-        *CASES["processes"],
-        "--out",
-        out,
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               ROOT / "train.py", *TRAIN[1:], *CASES["processes"], "--out", out]
     torchrun = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )
     log = out / "log.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < 5:
         time.sleep(0.01)
-    ranks = subprocess.run(
-        ["pgrep", "-P", str(torchrun.pid), "-f", "train.py"], capture_output=True, text=True
-    ).stdout.split()
+    pgrep = ["pgrep", "-P", str(torchrun.pid), "-f", "train.py"]
+    ranks = subprocess.run(pgrep, capture_output=True, text=True).stdout.split()
     os.kill(int(random.choice(ranks)), signal.SIGKILL)
     begun = time.monotonic()
     _, errors = torchrun.communicate()
-    seconds, reason = (
-        time.monotonic() - begun,
-        [line for line in errors.splitlines() if line.startswith("train.py: ")],
-    )
+    seconds = time.monotonic() - begun
+    reason = [line for line in errors.splitlines() if line.startswith("train.py: ")]
     events, _ = finish("processes", out, folder)
     losses = [[e["loss"] for e in run if e["event"] == "step"] for run in (expected, events)]
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
     print(
         f"processes: one of {len(ranks)} killed, the other ended {seconds:.0f} s later, {reason[:1]}; "
-        f"resumed by one process, "
-        f"losses equal to {difference:.0e}",
+        f"resumed by one process, losses equal to {difference:.0e}",
         flush=True,
     )
     return torchrun.returncode != 0 and seconds < 60 and bool(reason) and difference < 1e-4
@@ -237,21 +185,10 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder)
-        anchor = [
-            "--pair",
-            "image-text",
-            "--steps",
-            "20",
-            "--samples",
-            "1280",
-            "--workers",
-            "0",
-            "--out",
-            "runs/toy-anchor",
-        ]
-        subprocess.run(
-            [sys.executable, ROOT / "train.py", *anchor], cwd=folder, check=True, capture_output=True
-        )
+        anchor = ["--pair", "image-text", "--steps", "20", "--samples", "1280", "--workers", "0",
+                  "--out", "runs/toy-anchor"]
+        command = [sys.executable, ROOT / "train.py", *anchor]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
         for case in args.cases or CASES:
             if case == "processes":
                 failed = not kill_one_of_two(folder) or failed
@@ -265,11 +202,9 @@ def main():
                 if kill_once(case, out, folder, random.uniform(0, seconds), wait_for_write=tries % 2 == 0):
                     kills, halfway = kills + 1, halfway + writing(out.parent, moment)
                 else:  # it came to its end before
-                    same, runs, seconds = (
-                        same and result(out) == expected,
-                        runs + 1,
-                        min(seconds, time.time() - moment),
-                    )
+                    same = same and result(out) == expected
+                    runs += 1
+                    seconds = min(seconds, time.time() - moment)
             out = folder / f"{case}-{runs}" / "run"
             same = same and finish(case, out, folder) == expected
             failed = failed or not same

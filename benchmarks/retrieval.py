@@ -1,6 +1,6 @@
 """Memory and time of a retrieval whose scores would not fit at once: evaluate.search on N x N embeddings.
 
-python benchmarks/retrieval.py              # 100,000 x 100,000 of width 512: 40 GB of scores
+    python benchmarks/retrieval.py              # 100,000 x 100,000 of width 512: 40 GB of scores
 """
 
 import argparse
@@ -30,14 +30,10 @@ def main():
     parser.add_argument("--width", type=int, default=512)
     args = parser.parse_args()
     torch.manual_seed(0)
-    queries, gallery, labels = (
-        torch.empty(args.items, args.width),
-        torch.empty(args.items, args.width),
-        torch.arange(args.items),
-    )
-    for q, g in zip(
-        queries.split(1000), gallery.split(1000)
-    ):  # in parts, so that making them is not the peak
+    queries, gallery = torch.empty(args.items, args.width), torch.empty(args.items, args.width)
+    labels = torch.arange(args.items)
+    # in parts, so that making them is not the peak
+    for q, g in zip(queries.split(1000), gallery.split(1000)):
         g.copy_(F.normalize(torch.randn_like(g), dim=-1))
         q.copy_(F.normalize(g + 0.25 * torch.randn_like(q), dim=-1))
     before, start = memory("VmRSS"), time.monotonic()
@@ -45,9 +41,8 @@ def main():
     seconds, extra = time.monotonic() - start, memory("VmHWM") - before
     print(
         f"{args.items:,} x {args.items:,} of width {args.width}, {torch.get_num_threads()} threads: "
-        f"{seconds:.0f} s, "
-        f"{extra:.2f} GB beyond the embeddings' {2 * 4 * args.items * args.width / 1e9:.2f} GB; "
-        f"R@1 {figures['R@1']:.1%}"
+        f"{seconds:.0f} s, {extra:.2f} GB beyond the embeddings' "
+        f"{2 * 4 * args.items * args.width / 1e9:.2f} GB; R@1 {figures['R@1']:.1%}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the computing costs, beside other programs that do the same: a row of a Markdown table for each.
+"""What the computing costs, beside other programs that do the same: a Markdown row for each comparison.
 
     python benchmarks/speed.py                                   # what needs no other program
     python benchmarks/speed.py text image --imagebind DIR        # DIR: a checkout of the released ImageBind
@@ -30,14 +30,8 @@ from clip_weights import IMAGEBIND, convert, load_pretrained, name_in_file  # no
 from loss import InfoNCE, info_nce  # noqa: E402
 from model import Encoder, ImageBind, flops, preset  # noqa: E402
 
-ITEMS = {
-    "text": 16,
-    "image": 6,
-    "audio": 8,
-    "depth": 24,
-    "thermal": 4,
-    "imu": 16,
-}  # of a batch: a few seconds each
+# of a batch: a few seconds each
+ITEMS = {"text": 16, "image": 6, "audio": 8, "depth": 24, "thermal": 4, "imu": 16}
 
 
 def in_turn(repeats, **sides):
@@ -75,9 +69,8 @@ def peak_memory(run):
     """MB by which this process was larger at its largest while `run` ran (Linux)."""
     gc.collect()
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(
-        -3, 1 << 20
-    )  # M_MMAP_THRESHOLD: memory given back goes back to the system, so that the peak is true
+    # M_MMAP_THRESHOLD: memory given back goes back to the system, so that the peak is true
+    libc.mallopt(-3, 1 << 20)
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = memory("VmRSS")
@@ -98,38 +91,29 @@ def memory(key):
 
 
 def released_tower(folder, modality):
-    """The released program with this tower at full size, the others of one block, and our encoder."""
-    package = sys.modules["imagebind"] = types.ModuleType(
-        "imagebind"
-    )  # without its readers of files and what these need
+    """The released program with this tower at full size, the others of one block, and our encoder.
+
+    Both have the same weights.
+    """
+    # without its readers of files and what these need
+    package = sys.modules["imagebind"] = types.ModuleType("imagebind")
     package.__path__ = [str(Path(folder) / "imagebind")]
     from imagebind.models.imagebind_model import ImageBindModel
 
-    names = {
-        "image": "vision",
-        "text": "text",
-        "audio": "audio",
-        "depth": "depth",
-        "thermal": "thermal",
-        "imu": "imu",
-    }
+    names = {"image": "vision", "text": "text", "audio": "audio",
+             "depth": "depth", "thermal": "thermal", "imu": "imu"}
     config, theirs = preset("huge", modality), names[modality]
     blocks = {f"{name}_num_blocks": config.depth if name == theirs else 1 for name in names.values()}
     torch.manual_seed(0)
     program = ImageBindModel(
-        vision_embed_dim=1280,
-        vision_num_heads=16,
-        text_embed_dim=1024,
-        text_num_heads=16,
-        out_embed_dim=1024,
-        **blocks,
+        vision_embed_dim=1280, vision_num_heads=16, text_embed_dim=1024, text_num_heads=16,
+        out_embed_dim=1024, **blocks,
     ).eval()
     with torch.device("meta"):
         wanted = {name_in_file(IMAGEBIND, modality, ours) for ours in Encoder(config).state_dict()}
     tensors = {name: t for name, t in program.state_dict().items() if name in wanted}
-    ours = ImageBind.from_state(
-        {"configs": [vars(config)], "pairs": {}, "weights": convert(IMAGEBIND, [config], tensors)}
-    )
+    weights = convert(IMAGEBIND, [config], tensors)
+    ours = ImageBind.from_state({"configs": [vars(config)], "pairs": {}, "weights": weights})
     return lambda x: program({theirs: x})[theirs], ours
 
 
@@ -160,10 +144,8 @@ def tower(modality, args):
             return ours.embed(modality, x)
 
     z = F.normalize(theirs(x), dim=-1)
-    difference, cosine = (
-        (ours.embed(modality, x) - z).abs().max().item(),
-        (bf16() * z).sum(dim=-1).min().item(),
-    )
+    difference = (ours.embed(modality, x) - z).abs().max().item()
+    cosine = (bf16() * z).sum(dim=-1).min().item()
     peak = gemm()
     times = in_turn(args.repeats, theirs=lambda: theirs(x), ours=lambda: ours.embed(modality, x), bf16=bf16)
     peak = max(peak, gemm())
@@ -200,9 +182,8 @@ def clip_step(args):
     with tempfile.TemporaryDirectory() as folder:
         torch.save(theirs.state_dict(), Path(folder) / "ViT-B-32.pt")
         ours = load_pretrained(Path(folder) / "ViT-B-32.pt")
-    ours.load_state_dict(
-        {name: t.clone() for name, t in ours.state_dict().items()}, assign=True
-    )  # not the file's memory
+    # not the file's memory
+    ours.load_state_dict({name: t.clone() for name, t in ours.state_dict().items()}, assign=True)
     ours.requires_grad_(True).train()
     batch = {"image": torch.randn(32, 3, 224, 224), "text": captions(32, longest=14)}
     their_loss = open_clip.loss.ClipLoss()
@@ -220,11 +201,9 @@ def clip_step(args):
         figures["theirs"].append(2 * loss.item())  # the mean of both directions, where the paper has the sum
 
     def our_step(amp=None):
-        figures["ours"].append(
-            train.take_step(
-                ours, ("image", "text"), batch, criterion, optimizer, scaler, 1.0, torch.device("cpu"), amp
-            )["loss"]
-        )
+        cpu = torch.device("cpu")
+        step = train.take_step(ours, ("image", "text"), batch, criterion, optimizer, scaler, 1.0, cpu, amp)
+        figures["ours"].append(step["loss"])
 
     for name, amp in (("fp32", None), ("bf16", torch.bfloat16)):
         their_step(amp is not None), our_step(amp)
@@ -239,7 +218,10 @@ def clip_step(args):
 
 
 def micro_batch(args):
-    """Both towers learn; activations are what a step takes beyond weights and gradients."""
+    """Both towers learn; activations are what a step takes beyond weights and gradients.
+
+    They grow with the blocks.
+    """
     torch.manual_seed(0)
     configs = [replace(preset("base", m), depth=3) for m in ("depth", "imu")]
     model, criterion = ImageBind(configs), InfoNCE()

@@ -13,19 +13,19 @@ import csv
 import io
 import math
 import struct
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchaudio
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SAMPLE_RATE = 16000  # Hz
 
 # Limits on one item, so that a hostile file takes less than 1 GB of memory and 5 s (benchmarks/damage.py)
-MAX_BYTES = 2**28  # bytes in a file, except a video, which is read in parts
+MAX_BYTES = 2**28  # bytes in a file, except sound and video, which are read in parts
 MAX_PIXELS = 50_000_000  # pixels in a picture
 MAX_MAP = 25_000_000  # pixels in a depth or thermal map, which is computed in float32
 MAX_FRAME = 10_000_000  # pixels in a video frame, since several are held at once
@@ -46,6 +46,8 @@ WAV_FORMATS = {
     (3, 32): ("<f4", 1.0),
     (3, 64): ("<f8", 1.0),
 }
+TORCHCODEC_WAVS = (6, 7, 85)  # A-law, mu-law, MP3
+BLOCK_WAVS = (2, 17)  # Microsoft's and IMA's ADPCM: blocks of many samples, each on its own
 
 
 class DataError(ValueError):
@@ -99,13 +101,15 @@ def check_size(width, height, limit=MAX_PIXELS):
 
 
 def open_picture(item, limit=MAX_PIXELS):
-    """A Pillow picture whose size is checked; its pixels are decoded when they are used."""
+    """A Pillow picture, decoded after its size was checked; its file is out of memory then."""
     content = io.BytesIO(read_bytes(item))
     try:
         picture = Image.open(content, formats=PICTURES)
     except UnidentifiedImageError:
         raise DataError(f"not a picture, or damaged ({', '.join(PICTURES)} are read)") from None
     check_size(picture.width, picture.height, limit)
+    with content:
+        picture.load()
     return picture
 
 
@@ -118,14 +122,45 @@ def read_npy(content):
 
 
 def read_image(item):
-    """Picture file -> (H, W, 3) uint8."""
-    picture = open_picture(item).convert("RGB")
+    """Picture file -> (H, W, 3) uint8: upright, on white where it is transparent, 16 bits as 256 levels.
+
+    The original ImageBind reads these otherwise: as they lie, without transparency, and cut off at white.
+    """
+    picture = open_picture(item)
+    turn_upright(picture)
     width, height = picture.size
     x = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, 1024):  # in strips, to keep the copies that Pillow makes small
         bottom = min(top + 1024, height)
-        x[top:bottom] = picture.crop((0, top, width, bottom))
+        x[top:bottom] = to_rgb(picture.crop((0, top, width, bottom)))
     return x
+
+
+def turn_upright(picture):
+    """Turns a picture as its EXIF orientation says; one whose EXIF is damaged stays as it lies."""
+    with suppress(Exception):
+        ImageOps.exif_transpose(picture, in_place=True)
+
+
+def to_rgb(picture):
+    """A Pillow picture of any mode as RGB."""
+    if picture.mode.startswith(("I", "F")):  # grey of 16 bits, or of numbers
+        return Image.fromarray(to_levels(np.asarray(picture))).convert("RGB")
+    if picture.mode.endswith(("A", "a")) or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGB", picture.size, "white")
+        ground.paste(picture, mask=picture.getchannel("A"))
+        return ground
+    return picture.convert("RGB")
+
+
+def to_levels(x):
+    """Grey numbers (H, W) -> 256 levels, uint8: floats are 0..1, integers 16 bits."""
+    if x.dtype.kind == "f":
+        if not (x.min() >= 0 and x.max() <= 1):
+            raise DataError("a picture of floats holds 0 to 1; these are not")
+        return np.round(x * 255).astype(np.uint8)
+    return (x.clip(0, 65535) // 256).astype(np.uint8)
 
 
 class Video:
@@ -140,13 +175,18 @@ class Video:
         check_size(metadata.width, metadata.height, MAX_FRAME)
         self.fps = metadata.average_fps
         self.count = len(self.decoder)
+        self.begin = metadata.begin_stream_seconds
         if not self.count or not self.fps:
             raise DataError("no frames in it")
 
     def frames(self, indices):
-        """Frames by their numbers in the clip, as (T, 3, H, W) uint8."""
-        numbers = [self.first + i for i in indices]
-        return self.decoder.get_frames_at(indices=numbers).data
+        """Frames by their numbers in the clip, as (T, 3, H, W) uint8.
+
+        Number i is what plays i / fps after the beginning, also where the rate varies and fps is its mean.
+        """
+        # in the middle of each frame, so that rounded times do not matter
+        times = [self.begin + (self.first + i + 0.5) / self.fps for i in indices]
+        return self.decoder.get_frames_played_at(times).data
 
     def cut(self, first, last):
         """Keeps frames first to last (exclusive) as the whole clip; returns it."""
@@ -180,21 +220,38 @@ def read_text(text):
 
 
 def read_audio(item, start=0.0, seconds=None):
-    """Sound file -> waveform (channels, T), float32 at 16 kHz. Formats other than WAV need torchcodec.
+    """Sound file -> waveform (channels, T), float32 at 16 kHz. All but plain WAV needs torchcodec.
 
-    start, seconds: where the clip lies; of a long compressed recording only that part is decoded.
-    WAV is always read whole. DataError also if there are no samples, too many, or any that is not finite.
+    start, seconds: where the clip lies in a longer recording, of which it alone is read and returned. A file
+    that ends before `start`, or is longer than the clip by no more than a second, is the clip itself.
+    DataError also if there are no samples, too many, or any that is not finite.
     """
-    if isinstance(item, bytes):
-        is_wav = item.startswith(b"RIFF")
-    else:
-        with open(plain_file(item), "rb") as file:
-            is_wav = file.read(4) == b"RIFF"
-        item = read_bytes(item) if is_wav else str(item)  # torchcodec reads from a path what it needs
-    if is_wav:
-        wave, rate = parse_wav(item)
-    else:
-        wave, rate = decode_sound(item, float(start), float(seconds or 0))
+    start, seconds = float(start), float(seconds or 0)
+    if not (start >= 0 and seconds >= 0) or (start > 0 and seconds == 0):
+        raise DataError(f"a clip of {seconds:g} s from {start:g} s: say both, neither below 0")
+    with io.BytesIO(item) if isinstance(item, bytes) else open(plain_file(item), "rb") as file:
+        return read_part(open_wav(file) or open_compressed(item), start, seconds)
+
+
+def read_part(sound, start, seconds):
+    """A clip of an open sound, or all of it, at 16 kHz: the same samples whether the rest is read or not.
+
+    sound: its rate (Hz), channels, duration (s), and the function samples(begin, end) -> (channels, T).
+    """
+    rate, channels, duration, samples = sound
+    if not 1000 <= rate <= 768_000:
+        raise DataError(f"a sample rate of {rate} Hz")
+    ratio = Fraction(rate, SAMPLE_RATE)
+    old, new, reach = grid(ratio)
+    # the part wanted, in samples at 16 kHz: all of it, and one more than may be
+    first, last = 0, MAX_SAMPLES + 1
+    if seconds and start < duration and seconds + 1 < duration:
+        first = round(start * SAMPLE_RATE)
+        last = round((start + seconds) * SAMPLE_RATE)
+    # the part read, in the file's own: from where both grids meet, and as far around as the filter reaches
+    begin = max(0, first // new * old - reach)
+    end = (last // new + 1) * old + reach
+    wave = samples(begin, min(end, begin + MAX_SAMPLES // channels + 1))
     if wave.shape[1] == 0:
         raise DataError("no sound in it")
     # a low rate multiplies the samples: they are counted as they are, and as they will be at 16 kHz
@@ -203,146 +260,237 @@ def read_audio(item, start=0.0, seconds=None):
                         "cut it, or say the clip's start and seconds")
     if not wave.isfinite().all():
         raise DataError("samples that are not finite")
-    return resample(wave, Fraction(rate, SAMPLE_RATE))
+    skip = begin // old * new
+    return resample(wave, ratio)[:, first - skip : last - skip]
 
 
-def parse_wav(content):
-    """RIFF WAVE bytes -> (channels, T) float32 in -1..1, and the sample rate. PCM of 8 to 32 bits, or float.
+def open_wav(file):
+    """A WAV file opened for read_part: PCM of 8 to 32 bits, floats, ADPCM. None for what is torchcodec's.
 
     Our own because the standard library's `wave` refuses float samples and, before Python 3.12, the
     "extensible" header of most 24-bit files; another library would be one more dependency.
     """
-    kind, channels, rate, bits, data = wav_chunks(content)
-    if (kind, bits) not in WAV_FORMATS or channels == 0 or not 1000 <= rate <= 768_000:
+    head = file.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return None
+    form, at, size = wav_chunks(file)
+    kind, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", form)
+    if kind == 0xFFFE:  # extensible: the real code is the first number of the GUID at the chunk's end
+        (kind,) = struct.unpack_from("<H", form, 24)
+    if kind in TORCHCODEC_WAVS:
+        return None
+    # A block is what can be decoded alone: of PCM, one sample of every channel
+    if kind in BLOCK_WAVS:
+        (each,) = struct.unpack_from("<H", form, 18)  # samples in a block
+        readable = each >= 32 and 0 < block <= each * channels and block % 2 == 0
+    else:
+        each = 1
+        block = bits // 8 * channels
+        readable = (kind, bits) in WAV_FORMATS and block > 0
+    if not readable:
         raise DataError(f"WAV format {kind} with {bits} bits, {channels} channels at {rate} Hz is not read")
+    blocks = size // block  # a file cut short may end inside one
+
+    def samples(begin, end):
+        first = begin // each
+        last = min(math.ceil(end / each), blocks)
+        file.seek(at + first * block)
+        raw = file.read(max(0, last - first) * block)
+        wave = from_blocks(raw, form, block, each) if each > 1 else from_pcm(raw, kind, bits, channels)
+        return wave[:, begin - first * each : end - first * each]
+
+    return rate, channels, blocks * each / max(rate, 1), samples
+
+
+def wav_chunks(file):
+    """Of a WAV file: the bytes of its format, where its samples begin, and how many bytes they have.
+
+    The file is a list of chunks: a name of four bytes, a size of four, then so many bytes.
+    """
+    end = file.seek(0, io.SEEK_END)
+    form = None
+    at = 12  # behind "RIFF", the file's size and "WAVE"
+    for _ in range(1000):  # a hostile file has millions of empty chunks
+        file.seek(at)
+        head = file.read(8)
+        if len(head) < 8:
+            break
+        name, size = struct.unpack("<4sI", head)
+        at += 8
+        if name == b"fmt ":
+            form = file.read(min(size, 100))
+        if name == b"data" and form is not None:
+            return form, at, min(size, end - at)  # a size beyond the file's end takes what there is
+        at += size + size % 2  # chunks begin at even bytes
+    raise DataError("a WAV file without format or data")
+
+
+def from_pcm(raw, kind, bits, channels):
+    """The bytes of a WAV file's samples -> (channels, T) float32 in -1..1."""
     dtype, scale = WAV_FORMATS[kind, bits]
-    frame = bits // 8 * channels  # bytes of one sample of every channel
-    whole = len(data) // frame * frame  # a file cut short may end inside a frame
-    samples = np.frombuffer(data[:whole], dtype)
+    samples = np.frombuffer(raw, dtype)
     if bits == 24:
-        samples = np.pad(samples.reshape(-1, 3), ((0, 0), (1, 0)))  # (T * channels, 4) bytes, the lowest 0
+        samples = np.pad(samples.reshape(-1, 3), ((0, 0), (1, 0)))  # (samples, 4) bytes, the lowest 0
         samples = samples.view("<i4").ravel()
-    if len(samples) > MAX_SAMPLES:
-        raise DataError(f"{len(samples):,} samples over all channels, more than {MAX_SAMPLES:,}")
     wave = samples.astype(np.float32)
     if bits == 8:  # unsigned, with silence at 128
         wave -= 128
     wave *= np.float32(scale)
     wave = wave.reshape(-1, channels).T  # stored as (T, channels)
-    return torch.from_numpy(np.ascontiguousarray(wave)), rate
+    return torch.from_numpy(np.ascontiguousarray(wave))
 
 
-def wav_chunks(content):
-    """Format code, channels, sample rate, bits of a sample and the bytes of the samples of a WAV file.
+def from_blocks(raw, form, block, each):
+    """The bytes of a WAV file's blocks of ADPCM, and of its format -> (channels, T) float32 in -1..1.
 
-    The file is a list of chunks: a name of four bytes, a size of four, then so many bytes.
+    FFmpeg makes packets of several blocks, of which torchcodec 0.17 keeps the first and drops the rest
+    without a word. In an AVI each chunk is a packet: so it is given an AVI, with a chunk for each block.
     """
-    content = memoryview(content)  # its slices are no copies
-    format_at = data = None
-    at = 12  # behind "RIFF", the file's size and "WAVE"
-    while at + 8 <= len(content) and data is None:
-        name, size = struct.unpack_from("<4sI", content, at)
-        at += 8
-        if name == b"fmt ":
-            format_at = at
-        elif name == b"data":
-            data = content[at : at + size]  # a size beyond the file's end takes what there is
-        at += size + size % 2  # chunks begin at even bytes
-    if format_at is None or data is None:
-        raise DataError("a WAV file without format or data")
-    kind, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", content, format_at)
-    if kind == 0xFFFE:  # extensible: the real code is the first number of the GUID at the chunk's end
-        (kind,) = struct.unpack_from("<H", content, format_at + 24)
-    return kind, channels, rate, bits, data
+    def chunk(name, content):
+        return name + struct.pack("<I", len(content)) + content
+
+    blocks = np.frombuffer(raw, np.uint8).reshape(-1, block)
+    heads = np.frombuffer(b"00wb" + struct.pack("<I", block), np.uint8)
+    packets = np.hstack([np.tile(heads, (len(blocks), 1)), blocks]).tobytes()
+    stream = struct.pack("<4s16xI4s4xII12x", b"auds", each, form[4:8], len(blocks), block)
+    stream = b"strl" + chunk(b"strh", stream) + chunk(b"strf", form)
+    head = b"hdrl" + chunk(b"avih", struct.pack("<24xI28x", 1)) + chunk(b"LIST", stream)  # one stream
+    film = chunk(b"RIFF", b"AVI " + chunk(b"LIST", head) + chunk(b"LIST", b"movi" + packets))
+    return import_torchcodec().decoders.AudioDecoder(film).get_all_samples().data.float()
 
 
-def decode_sound(source, start, seconds):
-    """Compressed sound (its path as a string, or bytes) -> (channels, T) float32, and the sample rate.
-
-    A file longer than the clip by more than a second is the whole recording: the clip alone is decoded.
-    """
+def open_compressed(item):
+    """A sound file that FFmpeg reads, given by its path or as bytes, opened for read_part."""
+    source = item if isinstance(item, bytes) else str(item)  # from a path it reads what it needs
     decoder = import_torchcodec().decoders.AudioDecoder(source)
-    rate = decoder.metadata.sample_rate
-    duration = decoder.metadata.duration_seconds or 0.0
-    # seconds to decode at most: one too many, so that read_audio sees that there is more
-    limit = MAX_SAMPLES / decoder.metadata.num_channels / rate + 1
-    first = 0.0
-    last = limit
-    if seconds and start < duration and duration > seconds + 1:
-        first = start
-        last = start + min(seconds, limit)
-    return decoder.get_samples_played_in_range(first, last).data.float(), rate
+    metadata = decoder.metadata
+    rate = metadata.sample_rate
+    origin = metadata.begin_stream_seconds or 0.0  # of an MP3 some hundredths of a second
+
+    def samples(begin, end):
+        early = max(0, begin - rate)  # a second for the decoder to get into its stride
+        wave = decoder.get_samples_played_in_range(origin + early / rate, origin + end / rate).data
+        return wave[:, begin - early :].float()
+
+    return rate, metadata.num_channels, metadata.duration_seconds or 0.0, samples
 
 
 def resample(wave, ratio, block=2**20):
     """(channels, T) -> (channels, T / ratio), where `ratio` is its sample rate over the wanted one.
 
-    block: samples resampled at once, because torchaudio needs 60 bytes for each. The filter has as many
-    numbers as numerator times denominator of the ratio, therefore odd rates such as 47,999 Hz use the
-    nearest ratio of small numbers. All common rates, down to 11,025 Hz, are exact.
+    block: samples resampled at once, because torchaudio needs 60 bytes for each.
     """
-    if ratio.numerator * ratio.denominator > 300_000:
-        ratio = ratio.limit_denominator(math.isqrt(int(300_000 / ratio)))
-    old, new = ratio.as_integer_ratio()
+    old, new, reach = grid(ratio)
     # blocks begin at multiples of `old`, where old and new samples coincide
     block = old * max(1, block // old)
-    # the filter reaches 6 zero crossings to each side
-    margin = old * (1 + math.ceil(7 * max(1.0, ratio) / old))
     parts = []
     for start in range(0, wave.shape[1], block):
-        first = max(0, start - margin)
-        part = wave[:, first : start + block + margin]
+        first = max(0, start - reach)
+        part = wave[:, first : start + block + reach]
         part = torchaudio.functional.resample(part, old, new)
         skip = (start - first) // old * new  # of the margin before the block
         parts.append(part[:, skip : skip + block // old * new])
     return torch.cat(parts, dim=1)
 
 
+def grid(ratio):
+    """Numbers of old and new samples after which both coincide; how many old ones the filter needs around.
+
+    The filter has as many numbers as the first times the second, therefore odd rates such as 47,999 Hz use
+    the nearest ratio of small numbers. All common rates, down to 11,025 Hz, are exact.
+    """
+    if ratio.numerator * ratio.denominator > 300_000:
+        ratio = ratio.limit_denominator(math.isqrt(int(300_000 / ratio)))
+    old, new = ratio.as_integer_ratio()
+    # 6 zero crossings to each side, in a multiple of `old`
+    return old, new, old * (1 + math.ceil(7 * max(1.0, ratio) / old))
+
+
 # Depth and thermal maps
 
 
-def read_depth(item, baseline=0.075, focal_length=518.86, sunrgbd=False):
-    """Depth map -> disparity (H, W) float32 = baseline * focal_length / depth (paper, section 3.1).
+def read_depth(item, baseline=0.075, focal_length=518.857901, scale=None, sunrgbd=False):
+    """Depth map -> disparity (H, W) float32 in the units of to_disparity, NaN where nothing was measured.
 
-    .npy holds metres; a 16-bit PNG holds millimetres, with `sunrgbd` rotated left by 3 bits as SUN
-    RGB-D stores them. baseline: metres between the sensor's emitter and camera (Kinect 0.075,
-    RealSense and Xtion 0.095); focal_length: pixels, the first number of a scene's intrinsics.txt.
-    The defaults are the Kinect's of NYU-D. Depth is clipped to 0.01..50 m (SUN RGB-D: ..8 m), and a
-    missing measurement (0) therefore counts as near.
+    A 16-bit PNG or an integer .npy holds millimetres, a float .npy or TIFF metres; `scale` says otherwise:
+    the number that stands for a metre (KITTI: 256). sunrgbd: as SUN RGB-D stores its PNGs, 8000 a metre.
+    baseline: metres between the sensor's emitter and camera (Kinect 0.075, RealSense and Xtion 0.095);
+    focal_length: pixels, the first number of a scene's intrinsics.txt. The defaults are NYU-D's.
     """
-    content = read_bytes(item)
+    x = depth_numbers(read_bytes(item))
+    if x.ndim == 3 and 1 in (x.shape[0], x.shape[2]):  # (1, H, W) or (H, W, 1)
+        x = x[0] if x.shape[0] == 1 else x[..., 0]
+    if x.ndim != 2 or x.dtype.kind not in "uif" or x.dtype.itemsize == 1:
+        raise DataError(f"a depth map is (H, W) floats or integers of 16 bits, not {x.dtype} {x.shape}")
+    check_size(x.shape[1], x.shape[0], MAX_MAP)
+    usual = 1 if x.dtype.kind == "f" else 1000
+    scale = 8000 if sunrgbd else scale or usual
+    if not (scale > 0 and baseline > 0 and focal_length > 0):
+        raise DataError("a depth map's scale, baseline and focal length are above 0")
+    x = x.astype(np.float32)
+    x /= scale
+    return to_disparity(x, baseline, focal_length)
+
+
+def depth_numbers(content):
+    """The numbers in the bytes of a depth map's file, as they stand there."""
     if content.startswith(NPY):
-        metres = read_npy(content)
-        if metres.ndim != 2:
-            raise DataError(f"a depth map is two-dimensional, not of shape {metres.shape}")
-        height, width = metres.shape
-        check_size(width, height, MAX_MAP)
-        metres = metres.astype(np.float32)
-    else:
-        picture = open_picture(content, MAX_MAP)
-        if not picture.mode.startswith("I"):
-            raise DataError("a depth map is a 16-bit PNG in millimetres or a .npy in metres, "
-                            f"not mode {picture.mode}")
-        millimetres = np.asarray(picture).astype(np.uint16)
-        if sunrgbd:
-            millimetres = (millimetres >> 3) | (millimetres << 13)
-        metres = millimetres.astype(np.float32) / 1000
-    if not np.isfinite(metres).all():
-        raise DataError("depths that are not finite")
-    return to_disparity(metres, baseline, focal_length, far=8.0 if sunrgbd else 50.0)
+        return read_npy(content)
+    picture = open_picture(content, MAX_MAP)
+    if not picture.mode.startswith(("I", "F")):
+        raise DataError(f"a depth map is a 16-bit PNG, a .npy or a TIFF of floats, not mode {picture.mode}")
+    return np.asarray(picture)
 
 
-def to_disparity(metres, baseline, focal_length, near=0.01, far=50.0):
-    """Depth (H, W) in metres, clipped to near..far -> disparity (H, W) float32, in pixels."""
-    return np.float32(baseline * focal_length) / metres.clip(near, far)
+# The authors read SUN RGB-D's PNGs without undoing its shift by 3 bits: their metres are 8 for a true one.
+DEPTH_FACTOR = 8
+DEPTH_RANGE = (0.01, 50.0)  # of the authors' metres
+DISPARITY_RANGE = (0.01, 75.0)
 
 
-def read_thermal(item):
-    """Thermal picture of 8 or 16 bits, one channel or a grey one of three -> (H, W) float32 in 0..1."""
+def to_disparity(metres, baseline, focal_length):
+    """True depth (H, W) in metres -> disparity (H, W) float32 as the encoder's authors make it, in 0..1.
+
+    As Omnivore's code, by the same group with the same mean and deviation: baseline * focal_length / depth,
+    clipped, divided by 75. Which form the released ImageBind saw is not published and not verified: this is
+    the one place that decides it. NaN where nothing was measured: 0, below 0, or not finite.
+    """
+    x = np.array(metres, np.float32)  # a copy, changed in place: a map may have 100 MB
+    x[~((x > 0) & (x < np.inf))] = np.nan
+    x *= DEPTH_FACTOR
+    x.clip(*DEPTH_RANGE, out=x)
+    np.divide(baseline * focal_length, x, out=x)
+    x.clip(*DISPARITY_RANGE, out=x)
+    x /= DISPARITY_RANGE[1]
+    return x
+
+
+def read_thermal(item, low=None, high=None):
+    """Thermal picture -> (H, W) float32 in 0..1.
+
+    low, high: the file's numbers that become 0 and 1: in hundredths of a kelvin, 28315 is 10 C. Without them
+    8 bits, and floats within 0..1, are taken as they are. Other numbers go from the picture's own 1st to its
+    99th percentile, which loses the absolute temperature.
+    """
     picture = open_picture(item, MAX_MAP)
-    if picture.mode.startswith("I"):  # 16 bits
-        return np.asarray(picture).astype(np.float32) / 65535
-    return np.asarray(picture.convert("L")).astype(np.float32) / 255
+    turn_upright(picture)
+    of_8_bits = not picture.mode.startswith(("I", "F"))
+    x = np.asarray(picture.convert("L") if of_8_bits else picture).astype(np.float32)
+    if not np.isfinite(x).all():
+        raise DataError("temperatures that are not finite")
+    if low is None and high is None:
+        if of_8_bits:
+            return x / 255
+        if picture.mode == "F" and x.min() >= 0 and x.max() <= 1:
+            return x
+        low, high = np.percentile(x, (1, 99))
+        if low == high:
+            low, high = x.min(), x.max()
+        if low == high:  # of one temperature
+            return np.full_like(x, 0.5)
+    if low is None or high is None or not low < high:
+        raise DataError(f"temperatures from {low} to {high}: say both, the lower first")
+    return ((x - np.float32(low)) / np.float32(high - low)).clip(0, 1)
 
 
 # IMU

@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+from array import array
 from bisect import bisect_left
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,10 @@ class Table(Source):
     seconds       length of that clip
     baseline      metres between a depth camera's emitter and sensor (read_depth)
     focal_length  pixels (read_depth)
+    depth_scale   the number that stands for a metre in a depth map (read_depth)
     sunrgbd       1 where depth is stored as SUN RGB-D stores it (read_depth)
+    thermal_low   the number of a thermal map that becomes 0 (read_thermal)
+    thermal_high  the number that becomes 1
 
     path           the CSV; its folder is the root of all cells
     content        bytes of a CSV that stand for the file, which then need not exist
@@ -51,7 +55,7 @@ class Table(Source):
         self.allow_outside = allow_outside
         with errors_named(path), self.open_csv() as file:
             self.offsets = row_offsets(file)  # (rows + 2,): of the header, of each row, of the end
-            self.header = self.cells(0, file)
+            self.header = [cell.strip() for cell in self.cells(0, file)]
         self.columns = [column for column in self.header if column in MODALITIES]
         self.multi_label = "labels" in self.header
         if classes is not None:
@@ -103,7 +107,7 @@ class Table(Source):
         if any(cells[width:]):  # empty ones are what a spreadsheet leaves behind
             raise DataError(f"{len(cells)} cells under {width} columns; a text with commas must be quoted")
         cells += [""] * (width - len(cells))  # a short row lacks its last cells
-        return dict(zip(self.header, cells))
+        return {column: cell.strip() for column, cell in zip(self.header, cells)}
 
     def row(self, index):
         with errors_named(self.name(index)), self.open_csv() as file:
@@ -154,35 +158,56 @@ class Table(Source):
 
 
 def row_offsets(file):
-    """Byte offset of every row of a CSV (a binary file), and of its end; no row ends inside quotes."""
-    found = [np.zeros(1, np.int64)]
-    at = quotes = 0  # bytes read; whether the next one is inside quotes
-    while chunk := file.read(1 << 20):
-        content = np.frombuffer(chunk, np.uint8)
-        inside = (quotes + np.cumsum(content == ord('"'))) % 2  # (bytes,): 1 after an odd number of quotes
-        ends = np.flatnonzero((content == ord("\n")) & (inside == 0))
-        found.append(ends + at + 1)
-        at += len(chunk)
-        quotes = int(inside[-1])
-    offsets = np.concatenate(found)
-    if quotes:
-        raise DataError(f"a quote opens in row {len(offsets) - 1} and never closes")
-    if offsets[-1] != at:  # a last line without newline
-        offsets = np.append(offsets, at)
-    return offsets
+    """Byte offset of every row of a CSV (a binary file), and of its end: the rows that the csv module reads.
+
+    Empty lines are no rows. Raises DataError for a quote that never closes.
+    """
+    offsets = array("q")
+    at = 0  # bytes that the csv module was given
+
+    def lines():
+        nonlocal at
+        for line in file:
+            at += len(line)
+            yield line.decode("latin-1")  # quotes and commas are the same bytes in UTF-8
+
+    begin = 0
+    try:
+        for cells in csv.reader(lines()):
+            if cells:
+                offsets.append(begin)
+                last = begin
+            begin = at
+        if offsets:  # at the end of the file, csv takes an open quote for closed unless it is strict
+            file.seek(last)
+            next(csv.reader([file.read().decode("latin-1")], strict=True))
+    except csv.Error as error:
+        if "end of data" not in str(error) and "larger than" not in str(error):
+            return np.array([*offsets, at])  # quotes that only a strict reader minds
+        raise DataError(f"a quote opens in row {len(offsets) - 1} and never closes") from None
+    return np.array([*offsets, at])
 
 
 # From a row to the part of a file that it means
 
 
+# Columns that say how a modality's files are read: the reader's option of each
+OPTIONS = {
+    "depth": {"baseline": "baseline", "focal_length": "focal_length",
+              "depth_scale": "scale", "sunrgbd": "sunrgbd"},
+    "thermal": {"thermal_low": "low", "thermal_high": "high"},
+}
+
+
 def read_file(modality, path, row):
     """The plain form of a file, or of the part of it that the row means. Raises DataError."""
-    if modality in ("image", "thermal"):
-        x = READERS[modality](path)
-        return cut_box(x, row["box"]) if row.get("box") else x
-    if modality == "depth":
-        given = {key: float(row[key]) for key in ("baseline", "focal_length", "sunrgbd") if row.get(key)}
-        return READERS["depth"](path, **given)
+    options = {}  # of the reader, where the row has them
+    for column, option in OPTIONS.get(modality, {}).items():
+        if row.get(column):
+            options[option] = float(row[column])
+    if modality in ("image", "thermal", "depth"):
+        x = READERS[modality](path, **options)
+        return cut_box(x, row["box"]) if row.get("box") and modality != "depth" else x
     if not row.get("start"):  # `seconds` alone is only a fact about the file
         return READERS[modality](path)
     if not row.get("seconds"):

@@ -204,11 +204,12 @@ class ToyWorld(Source):
         inverse = wall + ground(rng, 0.03, self.canvas)
         for thing in scene:
             inside, _, level = silhouette(thing, self.canvas)
-            surface = rng.uniform(0.97, 1.03) * (1.13 + 0.87 * level)  # 0.5 to 4 m away
+            surface = rng.uniform(0.97, 1.03) * (1.13 + 0.87 * level)
             inverse += inside * (surface - inverse)
         # A sensor's noise grows with the distance
-        metres = 1 / (inverse * rng.normal(1, 0.01, inverse.shape)).clip(0.05)
-        return to_disparity(metres.astype(np.float32), baseline=0.075, focal_length=1.0)
+        metres = 0.865 / (inverse * rng.normal(1, 0.01, inverse.shape)).clip(0.05)
+        # A room of 0.4 to 3.4 m, seen by the Kinect of NYU-D
+        return to_disparity(metres.astype(np.float32), baseline=0.075, focal_length=518.857901)
 
     def render_thermal(self, scene, rng):
         heat = rng.uniform(0.28, 0.32) + ground(rng, 0.02, self.canvas)

@@ -1,6 +1,6 @@
 """Counts code lines (not blank, comment or docstring) of the six files and the folders; fails above the caps.
 
-python tests/sizes.py
+    python tests/sizes.py
 """
 
 import ast
@@ -15,10 +15,8 @@ def docstring_lines(tree):
     """Numbers of the lines that docstrings stand on."""
     found = set()
     for node in ast.walk(tree):
-        if (
-            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-            and ast.get_docstring(node) is not None
-        ):
+        may_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if may_have_one and ast.get_docstring(node) is not None:
             found.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return found
 

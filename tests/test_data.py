@@ -1,5 +1,6 @@
 """From a file to a tensor: units, alignment and order are what they are said to be."""
 
+import csv
 import io
 import struct
 import tarfile
@@ -32,15 +33,8 @@ def write_wav(path, samples, rate, bits, kind=1, extensible=False):
         whole = np.round(samples * (2 ** (bits - 1) - 1)).astype("<i4")
         raw = np.ascontiguousarray(whole).view("u1").reshape(-1, 4)[:, : bits // 8].tobytes()
     channels, width = samples.shape[1], bits // 8
-    fmt = struct.pack(
-        "<HHIIHH",
-        0xFFFE if extensible else kind,
-        channels,
-        rate,
-        rate * width * channels,
-        width * channels,
-        bits,
-    )
+    tag, block = 0xFFFE if extensible else kind, width * channels
+    fmt = struct.pack("<HHIIHH", tag, channels, rate, rate * block, block, bits)
     if extensible:
         fmt += struct.pack("<HHIH", 22, bits, 0, kind) + bytes(14)
     chunks = b"fmt " + struct.pack("<I", len(fmt)) + fmt + b"LIST" + struct.pack("<I", 3) + b"abc\0"
@@ -68,19 +62,6 @@ def test_a_sound_becomes_three_clips_at_any_rate_and_length(tmp_path):
         assert abs(int(mel[0, 0, :, 4].argmax()) - 44) <= 1
 
 
-def test_depth_is_disparity_of_millimetres(tmp_path):
-    metres = np.full((8, 8), 1.5)
-    Image.fromarray((metres * 1000).astype(np.uint16)).save(tmp_path / "a.png")
-    rotated = (metres * 1000).astype(np.uint16)
-    Image.fromarray((rotated << 3) | (rotated >> 13)).save(tmp_path / "b.png")
-    np.save(tmp_path / "c.npy", metres)
-    for name, options in (("a.png", {}), ("b.png", {"sunrgbd": True}), ("c.npy", {})):
-        x = load("depth", tmp_path / name, baseline=0.075, focal_length=0.8, **options)
-        assert x.shape == (1, 224, 224) and torch.allclose(
-            x, torch.tensor((0.075 * 0.8 / 1.5 - 0.0418) / 0.0295), atol=1e-4
-        )
-
-
 def test_the_bytes_of_a_file_stand_for_its_path(tmp_path):
     grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 100
     Image.fromarray((grey // 100).astype(np.uint8)).save(tmp_path / "image.jpg")
@@ -97,12 +78,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "colour.png")
     np.save(tmp_path / "three.npy", np.zeros((3, 100)))
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
-    for modality, name in (
-        ("depth", "colour.png"),
-        ("imu", "three.npy"),
-        ("image", "cut.jpg"),
-        ("audio", "none.wav"),
-    ):
+    unreadable = {"depth": "colour.png", "imu": "three.npy", "image": "cut.jpg", "audio": "none.wav"}
+    for modality, name in unreadable.items():
         with pytest.raises(DataError, match=name):
             load(modality, tmp_path / name)
     with pytest.raises(DataError, match="empty"):
@@ -113,10 +90,8 @@ def test_pictures_of_a_sample_are_cropped_and_flipped_together():
     world = ToyWorld(size=64, crowded=0.0)
     for index in range(20):
         sample = Samples(world, {m: TINY[m] for m in ("depth", "thermal")})[(index, index)]
-        depth, thermal = (
-            abs(sample[m][0] - sample[m][0, 0, 0]) > 0.3 * abs(sample[m][0] - sample[m][0, 0, 0]).max()
-            for m in ("depth", "thermal")
-        )
+        contrast = [abs(sample[m][0] - sample[m][0, 0, 0]) for m in ("depth", "thermal")]
+        depth, thermal = (x > 0.3 * x.max() for x in contrast)
         assert (depth == thermal).float().mean() > 0.75, index
 
 
@@ -167,16 +142,49 @@ def test_a_manifest_keeps_quotes_commas_and_newlines(tmp_path):
     assert table.classes == ["cat", "dog"] and [table.label(i) for i in range(2)] == [1, 0]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        'image,text\n' + 'a.png,a 12" disc\nb.png,plain\n' * 20,  # a quote inside an unquoted cell
+        "image,text\na.png,x\n\n\nb.png,y\n\n\n\n",  # empty lines between and at the end
+        'image,text\r\na.png,"two\r\nlines, ""quoted"""\r\nb.png,last',
+        "image,text\na.png,\"a\" b\nb.png,c\n",  # quotes that only a strict reader minds
+    ],
+)
+def test_a_manifest_has_the_rows_that_the_csv_module_reads(tmp_path, content):
+    (tmp_path / "m.csv").write_bytes(content.encode())
+    expected = [row for row in csv.DictReader(io.StringIO(content, newline=""))]
+    table = Table(tmp_path / "m.csv")
+    assert [table.row(i) for i in range(len(table))] == expected == list(table.rows())
+
+
+def test_blanks_around_headers_and_cells_mean_nothing(tmp_path):
+    (tmp_path / "m.csv").write_text("image, text, label \na.png , a dog, dog \nb.png,a cat,dog\n")
+    table = Table(tmp_path / "m.csv")
+    assert table.columns == ["image", "text"] and table.classes == ["dog"]
+    assert table.row(0) == {"image": "a.png", "text": "a dog", "label": "dog"}
+
+
+def test_columns_say_how_a_sensor_s_numbers_are_meant(tmp_path):
+    Image.fromarray(np.full((8, 8), 512, np.uint16)).save(tmp_path / "d.png")  # KITTI: 2 m
+    Image.fromarray(np.full((8, 8), 29315, np.uint16)).save(tmp_path / "t.png")  # 20 C
+    (tmp_path / "m.csv").write_text(
+        "depth,thermal,depth_scale,focal_length,thermal_low,thermal_high\nd.png,t.png,256,500,28315,31815\n"
+    )
+    table = Table(tmp_path / "m.csv")
+    assert np.allclose(table.read(0, "depth"), 0.075 * 500 / 16 / 75)
+    assert np.allclose(table.read(0, "thermal"), 1000 / 3500)
+
+
 def test_a_missing_file_is_bad_and_never_replaced(tmp_path):
     (tmp_path / "m.csv").write_text("image,text\nnone.png,a dog\n")
-    batch, bad = data.collate(
-        [Samples(Table(tmp_path / "m.csv"), {"image": TINY["image"], "text": TINY["text"]})[0]]
-    )
+    samples = Samples(Table(tmp_path / "m.csv"), {"image": TINY["image"], "text": TINY["text"]})
+    batch, bad = data.collate([samples[0]])
     assert batch is None and bad[0].name == "m.csv:1" and "none.png" in bad[0].reason
 
 
 def write_shards(folder, sizes, **files):
-    """Tars s-0.tar, ... of so many samples with a picture, a text, a class and what else is given."""
+    """Tars s-0.tar, ... of so many samples each: a picture, a text, a class, and whatever else is given."""
     world, number = ToyWorld(size=sum(sizes)), 0
     for shard, size in enumerate(sizes):
         with tarfile.open(folder / f"s-{shard}.tar", "w") as tar:
@@ -184,12 +192,8 @@ def write_shards(folder, sizes, **files):
                 picture = io.BytesIO()
                 Image.fromarray(world.read(number, "image")).save(picture, "png")
                 text, label = world.read(number, "text").encode(), str(world.label(number)).encode()
-                for ending, content in {
-                    "png": picture.getvalue(),
-                    "txt": text,
-                    "cls": label,
-                    **files,
-                }.items():
+                contents = {"png": picture.getvalue(), "txt": text, "cls": label, **files}
+                for ending, content in contents.items():
                     member = tarfile.TarInfo(f"{number:04d}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -202,12 +206,8 @@ def test_a_shard_holds_what_its_files_hold_and_a_name_is_only_a_name(tmp_path, f
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 100).save(tmp_path / "depth.png")
     write_wav(tmp_path / "wav", np.sin(np.arange(4000) / 9)[:, None], 16000, 16)
     (tmp_path / "txt").write_text("a dog")
-    stems = [
-        "/absolute",
-        "../../up",
-        "a" * 60 + "/" + "b" * 80,
-        "c" * (90 if form == tarfile.USTAR_FORMAT else 300),
-    ]
+    longest = 90 if form == tarfile.USTAR_FORMAT else 300
+    stems = ["/absolute", "../../up", "a" * 60 + "/" + "b" * 80, "c" * longest]
     with tarfile.open(tmp_path / "s.tar", "w", format=form) as tar:
         for stem in stems:
             for ending in ("depth.png", "wav", "txt"):
@@ -222,7 +222,8 @@ def test_a_shard_holds_what_its_files_hold_and_a_name_is_only_a_name(tmp_path, f
     for index, stem in zip(shards.indices(), stems, strict=True):
         assert shards.name(index) == f"s.tar:{stem.lstrip('/')}" and shards.read(index, "text") == "a dog"
         assert torch.equal(shards.read(index, "audio"), decode.read_audio(tmp_path / "wav"))
-        assert np.array_equal(shards.read(index, "depth"), decode.read_depth(tmp_path / "depth.png"))
+        depth = decode.read_depth(tmp_path / "depth.png")
+        assert np.array_equal(shards.read(index, "depth"), depth, equal_nan=True)
         with pytest.raises(DataError, match="no image"):
             shards.read(index, "image")
     assert sorted(tmp_path.rglob("*")) == before
@@ -237,18 +238,20 @@ def test_a_damaged_shard_is_named_and_the_others_go_on(tmp_path):
     (tmp_path / "s-4.tar").unlink()
     samples = [Samples(shards, {"text": TINY["text"]})[i] for i in shards.indices()]
     bad = [s for s in samples if isinstance(s, data.Bad)]
-    assert [b.name for b in bad] == [f"s-{i}.tar:damaged" for i in (1, 2, 3, 4)] and f"byte {size:,}" in bad[
-        0
-    ].reason
+    assert (
+        [b.name for b in bad] == [f"s-{i}.tar:damaged" for i in (1, 2, 3, 4)]
+        and f"byte {size:,}" in bad[0].reason
+    )
     assert len(samples) - len(bad) == 5 + 3 * 3
 
 
 def test_shards_are_drawn_in_parts_and_go_on_where_they_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "BUFFER", 4)
     source = open_data(write_shards(tmp_path, [7, 5, 9]))
-    assert len(source) == 21 and source.classes == [
-        str(c) for c in sorted({ToyWorld().label(i) for i in range(21)})
-    ]
+    assert (
+        len(source) == 21
+        and source.classes == [str(c) for c in sorted({ToyWorld().label(i) for i in range(21)})]
+    )
     for world in (1, 3, 4):  # 4: fewer shards than processes
         parts = [list(batch_keys(source, 12, epochs=9, seed=1, rank=r, world=world)) for r in range(world)]
         seen = [[index for batch in part for _, index in batch] for part in parts]

@@ -1,4 +1,4 @@
-"""The house stays as built: who imports whom, what digests cover, how little a new modality or loss takes."""
+"""The house as built: who imports whom, what the digests cover, how little a new modality or loss takes."""
 
 import ast
 import re
@@ -23,7 +23,8 @@ from sources.toy import ToyWorld
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("files", "sources", "runtime")
 ANY_OF = {
-    folder: {path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"{folder}/*.py")} for folder in FOLDERS
+    folder: {path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"{folder}/*.py")}
+    for folder in FOLDERS
 }
 # What each may import, its own folder apart; a demonstration under __main__ may import anything
 MAY_IMPORT = {
@@ -34,19 +35,10 @@ MAY_IMPORT = {
     "sources": {"model.py", "files/decode.py"},
     "data.py": {"model.py", "clip_weights.py", "files/decode.py"},
     "runtime": {"data.py", "clip_weights.py", "model.py", "loss.py"} | ANY_OF["sources"] | ANY_OF["files"],
-    "evaluate.py": {
-        "data.py",
-        "model.py",
-        "loss.py",
-        "clip_weights.py",
-        "runtime/cli.py",
-        "runtime/results.py",
-        "runtime/embeddings.py",
-    }
-    | ANY_OF["sources"],
+    "evaluate.py": {"data.py", "model.py", "loss.py", "clip_weights.py",
+                    "runtime/cli.py", "runtime/results.py", "runtime/embeddings.py"} | ANY_OF["sources"],
     "train.py": {"evaluate.py", "data.py", "loss.py", "model.py", "clip_weights.py"}
-    | ANY_OF["sources"]
-    | ANY_OF["runtime"],
+                | ANY_OF["sources"] | ANY_OF["runtime"],
 }
 
 
@@ -65,27 +57,20 @@ def test_the_top_level_is_six_files():
 def test_model_and_loss_need_torch_alone():
     for name in ("model.py", "loss.py"):
         tree = ast.parse((ROOT / name).read_text())
-        at_the_top = {
-            alias.name.split(".")[0]
-            for node in tree.body
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        }
+        imports = [node for node in tree.body if isinstance(node, ast.Import)]
+        at_the_top = {alias.name.split(".")[0] for node in imports for alias in node.names}
         at_the_top |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
         assert at_the_top <= {"math", "dataclasses", "torch"}
 
 
 def test_no_one_asks_which_source_it_has():
-    for path in [
-        *ROOT.glob("*.py"),
-        *(ROOT / name for folder in FOLDERS for name in ANY_OF[folder]),
-        *ROOT.glob("examples/*.py"),
-    ]:
+    in_folders = (ROOT / name for folder in FOLDERS for name in ANY_OF[folder])
+    for path in [*ROOT.glob("*.py"), *in_folders, *ROOT.glob("examples/*.py")]:
         assert not re.search(r"isinstance\([^)]*(Shards|Table|ToyWorld|Source)\b", path.read_text()), path
 
 
 def test_the_digest_of_the_toy_anchor_covers_all_code_that_makes_it(monkeypatch):
-    """All functions of ours that run while samples are made and a step is taken are in its files."""
+    """Each function of ours that runs while samples are made and a step is taken is in a file it covers."""
     called = set()
 
     def note(frame, event, _):
@@ -103,13 +88,10 @@ def test_the_digest_of_the_toy_anchor_covers_all_code_that_makes_it(monkeypatch)
         keys = data.batch_keys(samples.source, 4, epochs=1)
         batch, _ = data.collate([samples[key] for key in next(keys)])
         criterion = train.make_loss(settings)
-        optimizer = train.make_optimizer(
-            [*train.free_learners(model, ["image", "text"]), criterion], settings
-        )
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        train.take_step(
-            model, ("image", "text"), batch, criterion, optimizer, scaler, 1.0, torch.device("cpu"), None
-        )
+        learners = train.free_learners(model, ["image", "text"])
+        optimizer = train.make_optimizer([*learners, criterion], settings)
+        scaler, cpu = torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu")
+        train.take_step(model, ("image", "text"), batch, criterion, optimizer, scaler, 1.0, cpu, None)
     finally:
         sys.setprofile(None)
     covered = {*import_closure("data.py", "loss.py", "sources/toy.py"), "train.py"}
@@ -133,7 +115,7 @@ def test_comments_and_docstrings_do_not_change_a_digest_and_code_does(tmp_path, 
 
 
 def apply_edits(text, root):
-    """Applies the edits of a diff block: a line "--- file", then lines that stay, go (-) and come (+)."""
+    """Applies a diff block's edits: a line "--- file", then one hunk of lines that stay, go (-), come (+)."""
     for edit in re.split(r"^--- ", text, flags=re.M)[1:]:
         name, *lines = edit.rstrip("\n").split("\n")
         before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
@@ -154,21 +136,10 @@ def test_the_readme_s_edits_add_a_modality(workplace, tmp_path):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     apply_edits(edits, tmp_path)
     anchor = workplace / "runs" / "toy-anchor"
-    options = [
-        "--pair",
-        "image-touch",
-        "--steps",
-        "20",
-        "--workers",
-        "0",
-        "--init",
-        anchor,
-        "--out",
-        tmp_path / "run",
-    ]
-    done = subprocess.run(
-        [sys.executable, "train.py", *options], cwd=tmp_path, capture_output=True, text=True
-    )
+    options = ["--pair", "image-touch", "--steps", "20", "--workers", "0",
+               "--init", anchor, "--out", tmp_path / "run"]
+    command = [sys.executable, "train.py", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     configs = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["configs"]
     assert "image-touch: image is frozen, touch learns" in done.stdout

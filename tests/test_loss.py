@@ -25,8 +25,9 @@ def test_the_loss_is_equation_1():
             terms = [math.exp(float(a[i] @ b[j]) / tau) for j in range(5)]
             total -= math.log(terms[i] / sum(terms)) / 5
     loss, accuracy = InfoNCE(tau, learnable=False)(q, k)
-    assert loss.item() == pytest.approx(total, abs=1e-6) and info_nce(q, k, 1 / tau).item() == pytest.approx(
-        total, abs=1e-9
+    assert (
+        loss.item() == pytest.approx(total, abs=1e-6)
+        and info_nce(q, k, 1 / tau).item() == pytest.approx(total, abs=1e-9)
     )
     assert accuracy.item() == pytest.approx(((k @ q.T).argmax(1) == torch.arange(5)).float().mean().item())
 
@@ -63,7 +64,8 @@ def test_the_temperature_is_learned_or_fixed():
     learned, fixed = InfoNCE(), InfoNCE(0.05, learnable=False)
     learned(q, k)[0].backward()
     assert (
-        learned.logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-5) and learned.log_logit_scale.grad != 0
+        learned.logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-5)
+        and learned.log_logit_scale.grad != 0
     )
     assert fixed.logit_scale.item() == pytest.approx(20, rel=1e-5) and not fixed.log_logit_scale.requires_grad
     with torch.no_grad():

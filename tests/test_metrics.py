@@ -29,12 +29,12 @@ def block(request, monkeypatch):
     monkeypatch.setattr(evaluate, "SCORES_AT_ONCE", request.param)
 
 
-def test_ranks_equal_a_sorted_list_with_ties_against_the_query(block):
+def test_ranks_equal_a_sorted_list_with_ties_in_one_fixed_order(block):
     q, g = coarse(40, 5, seed=0), coarse(60, 5, seed=1)
     ql, gl = torch.arange(40) % 13, torch.arange(60) % 12  # several items per label, and label 12 without any
-    expected = []
+    expected, order = [], torch.randperm(60, generator=torch.Generator().manual_seed(0))
     for i in range(40):
-        listed = sorted(range(60), key=lambda j: (-float(q[i] @ g[j]), int(gl[j] == ql[i])))
+        listed = sorted(range(60), key=lambda j: (-float(q[i] @ g[j]), int(order[j])))
         expected.append(next((n for n, j in enumerate(listed, 1) if gl[j] == ql[i]), 61))
     assert evaluate.ranks(q, g, ql, gl).tolist() == expected
     for k in (1, 5, 10):
@@ -44,10 +44,18 @@ def test_ranks_equal_a_sorted_list_with_ties_against_the_query(block):
     assert figures["queries"] == len(there) == 37 and figures["median_rank"] == there[18]
 
 
-def test_one_embedding_for_everything_scores_nothing():
-    same = torch.ones(9, 4)
-    assert evaluate.recall_at_k(same, same, torch.arange(9), torch.arange(9), k=8) == 0
-    assert evaluate.recall_at_k(same * torch.nan, same, torch.arange(9), torch.arange(9), k=8) == 0
+def test_one_embedding_for_everything_scores_chance():
+    same, labels = torch.ones(1000, 4), torch.arange(1000)
+    assert evaluate.recall_at_k(same, same, labels, labels, k=10) == pytest.approx(0.01)  # of 1,000 items
+    classes = labels % 8
+    top1 = evaluate.recall_at_k(same, same[:8], classes, torch.arange(8))
+    assert top1 == pytest.approx(1 / 8)
+    several = evaluate.recall_at_k(same, same, classes, classes)  # an eighth of the gallery is right
+    assert abs(several - 1 / 8) <= 1 / 8  # one fixed order: the first item is of one class
+    truth = classes[:, None] == torch.arange(8)
+    precision = evaluate.mean_average_precision(same, truth, same[:8])
+    assert precision.tolist() == pytest.approx([1 / 8] * 8)
+    assert evaluate.recall_at_k(same * torch.nan, same, labels, labels, k=999) == 0
 
 
 def test_a_sum_is_searched_for_as_its_parts_are():

@@ -89,11 +89,8 @@ def test_extra_key_and_value_are_those_of_multihead_attention():
 @pytest.mark.parametrize("modality", ["text", "audio"])
 def test_a_block_asked_for_one_token_gives_what_it_gives_for_all(modality):
     torch.manual_seed(0)
-    block, x, token = (
-        Block(preset("tiny", modality), extra_kv=False),
-        torch.randn(3, 6, preset("tiny", modality).width),
-        [2, 0, 5],
-    )
+    block = Block(preset("tiny", modality), extra_kv=False)
+    x, token = torch.randn(3, 6, preset("tiny", modality).width), [2, 0, 5]
     assert torch.allclose(
         block(x, token=torch.tensor(token)), block(x)[range(3), token].unsqueeze(1), atol=1e-6
     )

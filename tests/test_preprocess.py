@@ -24,10 +24,8 @@ def test_picture_is_the_original_s():
 
 
 def test_sound_is_the_original_s():
-    x, recorded = (
-        data.load("audio", PARITY / "stereo_22050.wav"),
-        RECORDED["audio"],
-    )  # two channels, resampled, 3.1 s
+    x = data.load("audio", PARITY / "stereo_22050.wav")  # two channels, resampled, 3.1 s
+    recorded = RECORDED["audio"]
     assert tuple(x.shape) == recorded["shape"]
     assert (x[..., ::5, ::5] - recorded["every_5th"]).abs().max() < 1e-4
     assert abs(x.mean() - recorded["mean"]) < 1e-5 and abs(x.std() - recorded["std"]) < 1e-5
@@ -44,9 +42,9 @@ def test_token_lists_are_the_original_s():
     except ValueError as error:
         pytest.skip(f"CLIP's vocabulary is not here; name it in CLIP_BPE: {error}")
     for row in json.loads((PARITY / "tokens.json").read_text()):
-        assert tokenizer.encode(row["text"]).tolist() == row["tokens"] + [0] * (77 - len(row["tokens"])), row[
-            "text"
-        ]
+        assert (
+            tokenizer.encode(row["text"]).tolist() == row["tokens"] + [0] * (77 - len(row["tokens"]))
+        ), row["text"]
 
 
 class Counting(Video):
@@ -57,22 +55,16 @@ class Counting(Video):
 
     def frames(self, indices):
         rows, columns = np.mgrid[: self.height, : self.width]
-        return torch.from_numpy(
-            np.stack([np.stack([columns, rows, np.full_like(rows, i)]) for i in indices])
-        ).to(torch.uint8)
+        frames = np.stack([np.stack([columns, rows, np.full_like(rows, i)]) for i in indices])
+        return torch.from_numpy(frames).to(torch.uint8)
 
 
 # frames: of the original's data.py with decord on files of these lengths
 @pytest.mark.parametrize(
     "fps, count, size, starts, corners",
     [
-        (
-            30000 / 1001,
-            219,
-            (224, 250),
-            [(0, 59), (32, 91), (64, 123), (96, 155), (128, 187)],
-            [(0, 0), (13, 0), (26, 0)],
-        ),
+        (30000 / 1001, 219, (224, 250),
+         [(0, 59), (32, 91), (64, 123), (96, 155), (128, 187)], [(0, 0), (13, 0), (26, 0)]),
         (25.0, 30, (255, 224), [(0, 29)] * 5, [(0, 0), (0, 16), (0, 31)]),
         (25.0, 1, (224, 224), [(0, 0)] * 5, [(0, 0)] * 3),
     ],

@@ -123,8 +123,9 @@ def test_sunrgbd_turns_bits_and_knows_its_sensors(tmp_path):
     assert [row["label"] for row in rows(source)] == ["home_office", "office"]  # a gym is none of the 19
     assert source.absent == 1 and len(source.classes) == 19
     assert source.classes[source.label(0)] == "home office"
-    assert np.allclose(source.read(0, "depth"), 0.075 * 529.5 / 1.5)
-    assert np.allclose(source.read(1, "depth"), 0.095 * 529.5 / 8.0)  # capped
+    assert np.allclose(source.read(0, "depth"), 0.075 * 529.5 / (8 * 1.5) / 75, rtol=1e-5)
+    stored = ((9500 << 3) | (9500 >> 13)) % 2**16 / 1000  # the authors' metres: bits that fell off are lost
+    assert np.allclose(source.read(1, "depth"), 0.095 * 529.5 / stored / 75, rtol=1e-5)
     assert [row["label"] for row in rows(open_data(f"sunrgbd:{tmp_path}", "train"))] == ["playroom", "lab"]
 
 

@@ -56,12 +56,10 @@ def test_sound_and_text_agree_though_only_images_were_heard(run, monkeypatch, tm
             assert torch.equal(a, b)
 
     # the same training on pairs that do not belong together teaches nothing
-    monkeypatch.setattr(
-        ToyWorld, "read", lambda self, i, m: read(self, i + (m == "audio" and self.split == "train"), m)
-    )
-    shuffled = events(
-        run("--pair", "image-audio", "--samples", 6000, "--workers", 0, out=tmp_path / "shuffled")
-    )[-1]
+    mismatched = lambda self, i, m: read(self, i + (m == "audio" and self.split == "train"), m)
+    monkeypatch.setattr(ToyWorld, "read", mismatched)
+    folder = run("--pair", "image-audio", "--samples", 6000, "--workers", 0, out=tmp_path / "shuffled")
+    shuffled = events(folder)[-1]
     assert shuffled["zeroshot_top1"]["audio"] < 0.06 and shuffled["chance"] == 1 / 64
 
 
@@ -89,39 +87,23 @@ def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, so
         run(*options, out=tmp_path / "stopped")
     assert len(losses(tmp_path / "stopped")) == 5
     monkeypatch.setattr(train.STOP, "is_set", False)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["train.py", "--resume", str(tmp_path / "stopped"), "--workers", "1", "--save-every", "9"],
-    )
+    command = ["train.py", "--resume", str(tmp_path / "stopped"), "--workers", "1", "--save-every", "9"]
+    monkeypatch.setattr(sys, "argv", command)
     train.main()
     a, b = (torch.load(f / "model.pt", weights_only=True)["weights"] for f in (whole, tmp_path / "stopped"))
     assert all(torch.equal(a[key], b[key]) for key in a) and losses(whole) == losses(tmp_path / "stopped")
 
 
 def test_a_cached_anchor_gives_the_same_losses_and_is_embedded_once_though_killed(run, monkeypatch, tmp_path):
-    options = [
-        "--pair",
-        "image-depth",
-        "--samples",
-        150,
-        "--steps",
-        6,
-        "--batch-size",
-        32,
-        "--cache-anchor",
-        3,
-        "--workers",
-        0,
-    ]
+    options = ["--pair", "image-depth", "--samples", 150, "--steps", 6, "--batch-size", 32,
+               "--cache-anchor", 3, "--workers", 0]
     monkeypatch.setattr(Source, "part_size", 40)
     monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: None)
     read, save, seen = ToyWorld.read, cache.save_atomic, []
     monkeypatch.setattr(ToyWorld, "read", lambda self, i, m: seen.append((self.split, m)) or read(self, i, m))
 
-    monkeypatch.setattr(
-        cache, "save_atomic", lambda obj, path: save(obj, path) or (path.name == "000001.pt" and 1 / 0)
-    )
+    save_and_fail = lambda obj, path: save(obj, path) or (path.name == "000001.pt" and 1 / 0)
+    monkeypatch.setattr(cache, "save_atomic", save_and_fail)
     with pytest.raises(ZeroDivisionError):
         run(*options, out=tmp_path / "killed")
     monkeypatch.setattr(cache, "save_atomic", save)
@@ -133,16 +115,12 @@ def test_a_cached_anchor_gives_the_same_losses_and_is_embedded_once_though_kille
     run(*options, out=tmp_path / "again")
     assert ("train", "image") not in seen and losses(tmp_path / "again") == losses(tmp_path / "killed")
 
-    anchor, world, config = (
-        ImageBind.load("runs/toy-anchor/model.pt"),
-        ToyWorld(),
-        train.preset("tiny", "image"),
-    )
+    anchor = ImageBind.load("runs/toy-anchor/model.pt")
+    world, config = ToyWorld(), train.preset("tiny", "image")
 
     def look_up(self, index, number):
-        view = data.transform(
-            "image", world.read(index, "image"), config, *data.cached_view(world, index, number)
-        )
+        picture = world.read(index, "image")
+        view = data.transform("image", picture, config, *data.cached_view(world, index, number))
         return anchor.embed("image", view[None])[0]
 
     monkeypatch.setattr(cache.Cache, "look_up", look_up)
@@ -169,18 +147,8 @@ def test_two_processes_in_micro_batches_have_the_losses_of_one(workplace, tmp_pa
     options = [TRAIN, "--pair", "image-audio", "--steps", "20", "--workers", "1", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     one = subprocess.Popen([sys.executable, *options, tmp_path / "one"], cwd=workplace, env=environment)
-    two = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        *options,
-        tmp_path / "two",
-        "--micro-batch",
-        "12",
-    ]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+           *options, tmp_path / "two", "--micro-batch", "12"]
     subprocess.run(two, cwd=workplace, check=True, env=environment)
     assert one.wait() == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
@@ -190,10 +158,8 @@ def test_two_processes_in_micro_batches_have_the_losses_of_one(workplace, tmp_pa
 @pytest.mark.parametrize("amp,noise", [(None, False), (None, True), (torch.bfloat16, True)])
 def test_micro_batches_have_the_gradient_of_the_whole_batch(amp, noise):
     torch.manual_seed(0)
-    model, criterion = (
-        ImageBind([replace(train.preset("tiny", m), dropout=0.3 * noise) for m in ("text", "imu")]),
-        InfoNCE(),
-    )
+    model = ImageBind([replace(train.preset("tiny", m), dropout=0.3 * noise) for m in ("text", "imu")])
+    criterion = InfoNCE()
     for encoder in model.encoders.values():
         encoder.drop_path = encoder.token_drop = 0.5 * noise
     batch = {"text": torch.randint(1, 500, (10, 7)), "imu": torch.randn(10, 6, 200)}
@@ -205,9 +171,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(amp, noise):
 
     torch.manual_seed(1)
     micro = gradients(*(train.encode_batch(model, m, x, amp, micro_batch=4) for m, x in batch.items()))
-    torch.manual_seed(
-        1
-    )  # noise is drawn part by part, so the whole batch is put together from the same parts
+    torch.manual_seed(1)  # noise is drawn part by part, so the whole batch is put together from these parts
     parts = [x.split(4 if noise else 10) for x in batch.values()]
     whole = gradients(
         *(torch.cat([train.encode_batch(model, m, part, amp) for part in xs]) for m, xs in zip(batch, parts))
@@ -227,9 +191,8 @@ def test_a_plan_adds_up_what_its_probe_measures_and_writes_nothing(monkeypatch, 
     epoch = 2_000_000 * 1.25 // 2048 * 2048 / 3600  # of AudioSet, in ms/pair to hours
     whole, split = printed(), printed("--world-size", "8", "--micro-batch", "64")
     assert f"epoch: 1220 steps of 2048 pairs, processes: 1, {epoch * 0.004:.3g} h" in whole
-    assert (
-        f"1220 steps of 2048 pairs, processes: 8, {epoch * 0.005 / 8:.3g} h" in split
-    )  # embeds the learning one twice
+    # embeds the learning one twice
+    assert f"1220 steps of 2048 pairs, processes: 8, {epoch * 0.005 / 8:.3g} h" in split
     assert "activations of 2048 pairs" in whole and "activations of 64 pairs" in split
     assert f"{(632.8 * 4 + 86.2 * 16) / 1000:.2f} GB weights" in whole and not list(tmp_path.iterdir())
     assert (
@@ -241,18 +204,16 @@ def test_a_plan_adds_up_what_its_probe_measures_and_writes_nothing(monkeypatch, 
 def test_the_probe_counts_what_is_kept_for_the_backward_pass():
     config = train.preset("tiny", "imu")
     _, _, kept = plan.probe(config, True, None, 0.0, torch.device("cpu"), 3)
-    per_block = (
-        18 * config.tokens * config.width * 4
-    )  # norms, q, k, v with the extra one, scores' sums, MLP; float32
+    # norms, q, k, v with the extra one, scores' sums, MLP; float32
+    per_block = 18 * config.tokens * config.width * 4
     assert kept == pytest.approx(config.depth * per_block, rel=0.3)
     assert plan.probe(config, False, None, 0.0, torch.device("cpu"), 3)[2] == 0
 
 
 def test_fp16_passes_over_a_step_that_overflows(run, monkeypatch, tmp_path):
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled)
-    )
+    high = lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled)
+    monkeypatch.setattr(torch.amp, "GradScaler", high)
     run("--pair", "image-imu", "--steps", 3, "--amp", "fp16", "--workers", 0, out=tmp_path / "overflow")
     state = torch.load(tmp_path / "overflow" / "state.pt", weights_only=True)
     assert state["scaler"]["scale"] < 2.0**40 and state["step"] == 3
@@ -293,15 +254,14 @@ def test_new_encoders_take_the_width_of_the_clip_they_bind_to(tmp_path):
 
 def test_weight_decay_is_for_matrices_only():
     encoder = ImageBind([train.preset("tiny", "audio")]).encoder("audio")
-    decayed, free = (
-        group["params"]
-        for group in train.make_optimizer([encoder], {"lr": 1e-3, "weight_decay": 0.2}).param_groups
-    )
+    optimizer = train.make_optimizer([encoder], {"lr": 1e-3, "weight_decay": 0.2})
+    decayed, free = (group["params"] for group in optimizer.param_groups)
     names = {id(p): name for name, p in encoder.named_parameters()}
     assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed)
-    assert {"cls", "pos", "blocks.0.attn.bias_k", "blocks.0.fc1.bias", "norm.weight"} <= {
-        names[id(p)] for p in free
-    }
+    assert (
+        {"cls", "pos", "blocks.0.attn.bias_k", "blocks.0.fc1.bias", "norm.weight"}
+        <= {names[id(p)] for p in free}
+    )
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():
@@ -330,10 +290,8 @@ def test_steps_shorten_the_warm_up_with_the_schedule():
         (["--pair", "image"], "two different"),
         (["--resume", "nowhere"], "nowhere: no run"),
         (["--pair", "image-audio", "--init", "none.pt"], "none.pt: no such file"),
-        (
-            ["--pair", "image-audio", "--init", "runs/toy-anchor", "--preset", "base"],
-            "image 64, text 64, audio 512",
-        ),
+        (["--pair", "image-audio", "--init", "runs/toy-anchor", "--preset", "base"],
+         "image 64, text 64, audio 512"),
         (["--pair", "image-audio", "--data", "none.csv"], "none.csv"),
         (["--pair", "image-audio", "--data", "m.csv"], "no column audio"),
         (["--pair", "image-text", "--data", "m.csv"], "text is empty"),
@@ -343,10 +301,8 @@ def test_steps_shorten_the_warm_up_with_the_schedule():
         (["--pair", "image-audio", "--temperature", "0"], "--temperature: 0: must be a number at least 0.01"),
         (["--pair", "image-audio", "--temperature", "-1"], "--temperature: -1: must be"),
         (["--pair", "image-audio", "--temperature", "hot"], "--temperature: hot: must be a number"),
-        (
-            ["--pair", "image-audio", "--drop-path", "1"],
-            "--drop-path: 1: must be a number at least 0 and below 1",
-        ),
+        (["--pair", "image-audio", "--drop-path", "1"],
+         "--drop-path: 1: must be a number at least 0 and below 1"),
         (["--pair", "image-audio", "--warmup", "-1"], "--warmup: -1: must be a number at least 0"),
         (["--pair", "image-audio", "--workers", "-1"], "--workers: -1: must be a whole number at least 0"),
         (["--pair", "image-audio", "--replicate", "1e-9"], "--replicate 1e-09"),
@@ -406,24 +362,13 @@ def manifest(folder, rows, broken):
 
 def test_unreadable_items_are_named_once_and_too_many_end_the_run(run, tmp_path):
     path = manifest(tmp_path, rows=150, broken={3})
-    options = [
-        "--pair",
-        "image-text",
-        "--preset",
-        "tiny",
-        "--data",
-        path,
-        "--workers",
-        0,
-        "--batch-size",
-        50,
-        "--epochs",
-        2,
-    ]
+    options = ["--pair", "image-text", "--preset", "tiny", "--data", path, "--workers", 0,
+               "--batch-size", 50, "--epochs", 2]
     folder = run(*options, out=tmp_path / "one")
-    assert [line.split("\t")[0] for line in (folder / "bad_items.txt").read_text().splitlines()] == [
-        "m.csv:4"
-    ]
+    assert (
+        [line.split("\t")[0] for line in (folder / "bad_items.txt").read_text().splitlines()]
+        == ["m.csv:4"]
+    )
     assert events(folder)[-2]["bad"] == 2  # met in both epochs
     path = manifest(tmp_path, rows=150, broken=set(range(10)))
     with pytest.raises(RunError, match="more than --max-bad"):
@@ -432,19 +377,15 @@ def test_unreadable_items_are_named_once_and_too_many_end_the_run(run, tmp_path)
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_items(run, monkeypatch, tmp_path):
     encode = ImageBind.encode
-    monkeypatch.setattr(
-        ImageBind, "encode", lambda self, m, x: encode(self, m, x) * (float("nan") if m == "imu" else 1)
-    )
-    with pytest.raises(
-        RunError,
-        match=r"loss is nan at step 1 of image-imu.*: (toy:train/\d+, ){9}toy:train/\d+ and 54 more$",
-    ):
+    spoiled = lambda self, m, x: encode(self, m, x) * (float("nan") if m == "imu" else 1)
+    monkeypatch.setattr(ImageBind, "encode", spoiled)
+    reason = r"loss is nan at step 1 of image-imu.*: (toy:train/\d+, ){9}toy:train/\d+ and 54 more$"
+    with pytest.raises(RunError, match=reason):
         run("--pair", "image-imu", "--steps", 3, "--workers", 0, out=tmp_path / "nan")
 
 
 def test_exit_status_and_one_line(tmp_path):
     for script in (TRAIN, evaluate.__file__):
-        result = subprocess.run(
-            [sys.executable, script, "--nonsense"], cwd=tmp_path, capture_output=True, text=True
-        )
+        command = [sys.executable, script, "--nonsense"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Damaged and hostile files, full disks, what a result must say."""
+"""Nothing lost, nothing hidden, nobody let in: bad and hostile files, full disks, what a result must say."""
 
 import argparse
 import copy
@@ -55,11 +55,8 @@ def tiny(*modalities, pairs=()):
 def test_damage_gives_a_finite_tensor_or_a_dataerror_that_names_the_file(kind, tmp_path):
     rng = np.random.default_rng(7)
     whole = damage.KINDS[kind][2](rng)
-    contents = [
-        whole,
-        *itertools.islice(damage.ABSURD[kind](), 8),
-        *(damage.damage(whole, rng) for _ in range(20)),
-    ]
+    absurd = itertools.islice(damage.ABSURD[kind](), 8)
+    contents = [whole, *absurd, *(damage.damage(whole, rng) for _ in range(20))]
     found = []
     for i, content in enumerate(contents):
         path = tmp_path / f"{i}{damage.KINDS[kind][1]}"
@@ -78,19 +75,11 @@ def loaded(path, modality, content, **options):
     [
         ("image", "a.png", damage.png_of_size(100_000, 100_000), "pixels"),
         ("image", "a.png", damage.png_of_size(1, 5000, rows=bytes(10_000)), "100 times the other"),
-        (
-            "image",
-            "a.eps",
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
-            "not a picture",
-        ),  # no Ghostscript
-        (
-            "depth",
-            "a.npy",
-            damage.npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (9, 1000000000000)}"),
-            "",
-        ),
-        ("depth", "a.npy", damage.npy(np.full((9, 9), np.inf)), "not finite"),
+        # no Ghostscript
+        ("image", "a.eps",
+         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a picture"),
+        ("depth", "a.npy",
+         damage.npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (9, 1000000000000)}"), ""),
         ("imu", "a.npy", damage.npy(np.full((6, 9), np.nan)), "not finite"),
         ("imu", "a.csv", b"1,2,3,4,5,nan\n" * 9, "not finite"),
         ("audio", "a.wav", damage.wav(np.tile(np.float32([3e38, -3e38]), 4500), kind=3), "not finite"),
@@ -121,8 +110,9 @@ def test_blocks_do_not_show_in_a_resampled_sound():
     for rate in (8000, 11025, 44100, 48000):
         ratio = Fraction(rate, decode.SAMPLE_RATE)
         whole = torchaudio.functional.resample(wave, rate, decode.SAMPLE_RATE)
-        assert torch.equal(decode.resample(wave, ratio), whole) and torch.equal(
-            decode.resample(wave, ratio, block=7000), whole
+        assert (
+            torch.equal(decode.resample(wave, ratio), whole)
+            and torch.equal(decode.resample(wave, ratio, block=7000), whole)
         )
 
 
@@ -134,9 +124,8 @@ def test_of_a_long_compressed_recording_the_clip_alone_is_decoded(tmp_path, monk
     (tmp_path / "m.csv").write_text("audio,start,seconds\na.flac,4,2\na.flac,0,10\na.flac,30,2\n")
     source, whole = open_data(str(tmp_path / "m.csv")), decode.read_audio(tmp_path / "a.flac")
     assert whole.shape == (1, 160_000) and torch.equal(source.read(0, "audio"), whole[:, 64_000:96_000])
-    assert torch.equal(source.read(1, "audio"), whole) and torch.equal(
-        source.read(2, "audio"), whole
-    )  # clips already
+    # clips already
+    assert torch.equal(source.read(1, "audio"), whole) and torch.equal(source.read(2, "audio"), whole)
     monkeypatch.setattr(decode, "MAX_SAMPLES", 100_000)
     assert torch.equal(source.read(0, "audio"), whole[:, 64_000:96_000])
     with pytest.raises(data.DataError, match="a.flac: more than 100,000 samples"):
@@ -188,9 +177,8 @@ def test_no_file_can_run_code(tmp_path, monkeypatch):
         for load in (ImageBind.load, load_pretrained):
             with pytest.raises(ValueError, match=path.name):
                 load(path)
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", "--resume", str(hostile_run(tmp_path / "run", {"pair": evil}))]
-    )
+    hostile = hostile_run(tmp_path / "run", {"pair": evil})
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(hostile)])
     with pytest.raises(UsageError, match="state.pt"):
         train.main()
     array = np.empty(1, object)
@@ -236,17 +224,9 @@ def test_a_checkpoint_cannot_claim_more_than_it_holds(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"depth": 10**9},
-        {"heads": 5},
-        {"modality": "video"},
-        {"vocab": 2**40},
-        {"input_shape": (6, 10**9)},
-        {"patch": (8, 8)},
-        {"stride": (0,)},
-        {"activation": "relu"},
-        {"eps": float("nan")},
-        {"dropout": 1.0},
-        {"width": 96.0},
+        {"depth": 10**9}, {"heads": 5}, {"modality": "video"}, {"vocab": 2**40},
+        {"input_shape": (6, 10**9)}, {"patch": (8, 8)}, {"stride": (0,)}, {"activation": "relu"},
+        {"eps": float("nan")}, {"dropout": 1.0}, {"width": 96.0},
     ],
 )
 def test_a_row_that_is_no_encoder_is_refused(change):
@@ -258,9 +238,8 @@ def test_a_manifest_reads_below_its_folder_alone(tmp_path):
     folder = tmp_path / "inside"
     folder.mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    (folder / "link.png").symlink_to(
-        tmp_path / "a.png"
-    )  # the user's own: whoever wrote the manifest cannot make one
+    # the user's own: whoever wrote the manifest cannot make one
+    (folder / "link.png").symlink_to(tmp_path / "a.png")
     cells = [f"{tmp_path}/a.png", "../a.png", "x/../../a.png", "link.png", "x/../link.png"]
     (folder / "m.csv").write_text("image\n" + "\n".join(cells) + "\n")
     (folder / "x").mkdir()
@@ -300,21 +279,9 @@ def test_a_run_does_not_go_on_with_other_data(run, monkeypatch, tmp_path):
         Image.fromarray(world.read(i, "image")).save(tmp_path / f"{i}.png")
         lines.append(f'{i}.png,"{world.read(i, "text")}"')
     (tmp_path / "m.csv").write_text("\n".join(lines))
-    folder = run(
-        "--pair",
-        "image-text",
-        "--data",
-        tmp_path / "m.csv",
-        "--preset",
-        "tiny",
-        "--steps",
-        2,
-        "--batch-size",
-        20,
-        "--workers",
-        0,
-        out=tmp_path / "run",
-    )
+    options = ["--pair", "image-text", "--data", tmp_path / "m.csv", "--preset", "tiny",
+               "--steps", 2, "--batch-size", 20, "--workers", 0]
+    folder = run(*options, out=tmp_path / "run")
     (tmp_path / "m.csv").write_text("\n".join(lines[:-1]))
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(folder)])
     with pytest.raises(UsageError, match="data have changed"):
@@ -328,21 +295,9 @@ def printed(name, result, capsys):
 
 
 def arguments(**options):
-    return argparse.Namespace(
-        **{
-            "batch_size": 8,
-            "workers": 0,
-            "partial": True,
-            "templates": None,
-            "class_names": None,
-            "data": "m.csv",
-            "shots": [1],
-            "draws": 1,
-            "l2": 1e-3,
-            "top": 1,
-        }
-        | options
-    )
+    usual = {"batch_size": 8, "workers": 0, "partial": True, "templates": None, "class_names": None,
+             "data": "m.csv", "shots": [1], "draws": 1, "l2": 1e-3, "top": 1}
+    return argparse.Namespace(**usual | options)
 
 
 def test_every_result_says_what_was_left_out(tmp_path, capsys):
@@ -365,9 +320,8 @@ def test_every_result_says_what_was_left_out(tmp_path, capsys):
         assert command not in (evaluate.zeroshot, evaluate.fewshot) or result["unlabelled"] == 1
         said = "1 unreadable, 0 absent" + ", 1 unlabelled" * ("unlabelled" in result)
         assert said in printed(command.__name__, result, capsys), command.__name__
-        if (
-            command is evaluate.retrieval
-        ):  # the text of the damaged picture has classmates; the one without a class is itself
+        # the text of the damaged picture has classmates; the one without a class is itself
+        if command is evaluate.retrieval:
             assert result["text->image"]["without_match"] == 0 and result["text->image"]["items"] == 8
 
 
@@ -384,9 +338,8 @@ def test_every_result_says_what_was_left_out(tmp_path, capsys):
 def test_what_no_pair_joins_is_not_scored(command, options):
     model = tiny("image", "text", "depth", "imu", "thermal", pairs=["image-text", "depth-imu"])
     options = dict.fromkeys(MODALITIES) | options
-    with pytest.raises(
-        UsageError, match="(nothing joins .*depth|thermal was never trained).* scores would be noise"
-    ):
+    reason = "(nothing joins .*depth|thermal was never trained).* scores would be noise"
+    with pytest.raises(UsageError, match=reason):
         command(arguments(**options), model, ToyWorld("test", 64))
 
 
@@ -395,42 +348,35 @@ def test_a_text_longer_than_a_file_name_is_compared(tmp_path, capsys):
     model, items = tiny("image", "text", pairs=["image-text"]), dict.fromkeys(MODALITIES)
     items |= {"image": [str(tmp_path / "a.png")], "text": ["a dog " * 60, "a cat"]}
     result = evaluate.compare(argparse.Namespace(**items), model, None)
-    assert sum(result["softmax"]["image x text"][0]) == pytest.approx(1) and "a.png" in printed(
-        "compare", result, capsys
+    assert (
+        sum(result["softmax"]["image x text"][0]) == pytest.approx(1)
+        and "a.png" in printed("compare", result, capsys)
     )
 
 
 def test_the_matrix_leaves_out_what_no_pair_joins():
     model = tiny("image", "text", "depth", "imu", pairs=["image-text", "depth-imu"])
-    recall, zeroshot, _ = evaluate.measure_pairs(
-        model, ToyWorld("test", 8), ["image", "text", "depth", "imu"]
+    modalities = ["image", "text", "depth", "imu"]
+    recall, zeroshot, _ = evaluate.measure_pairs(model, ToyWorld("test", 8), modalities)
+    assert (
+        set(recall) == {"image->text", "text->image", "depth->imu", "imu->depth"}
+        and set(zeroshot) == {"image"}
     )
-    assert set(recall) == {"image->text", "text->image", "depth->imu", "imu->depth"} and set(zeroshot) == {
-        "image"
-    }
     model.pairs["video-imu"] = 10.0  # the image encoder's: now one joins the other
-    assert evaluate.joined_by_training(model, "depth", "text") and not evaluate.joined_by_training(
-        tiny("image"), "image"
+    assert (
+        evaluate.joined_by_training(model, "depth", "text")
+        and not evaluate.joined_by_training(tiny("image"), "image")
     )
 
 
 def test_an_encoder_bound_to_another_anchor_does_not_count_as_bound(tmp_path):
     anchor = str(PARITY / "open_clip_tiny.pt")
     earlier = load_pretrained(anchor, {"image": 2, "text": 4})
-    earlier.encoders["imu"] = ImageBind(
-        [EncoderConfig(**vars(preset("tiny", "imu")) | {"embed_dim": 32})]
-    ).encoder("imu")
+    narrow = EncoderConfig(**vars(preset("tiny", "imu")) | {"embed_dim": 32})
+    earlier.encoders["imu"] = ImageBind([narrow]).encoder("imu")
     earlier.pairs["image-imu"] = 5.0
-    options = [
-        "--pair",
-        "image-imu",
-        "--clip",
-        anchor,
-        "--heads",
-        "image=2,text=4",
-        "--init",
-        str(tmp_path / "m.pt"),
-    ]
+    options = ["--pair", "image-imu", "--clip", anchor, "--heads", "image=2,text=4",
+               "--init", str(tmp_path / "m.pt")]
     args = train.parse_args(options)
     earlier.save(tmp_path / "m.pt")
     model, _ = train.initial_model(args, [("image", "imu")], train.Run(tmp_path))
