@@ -4,10 +4,12 @@ van den Oord et al., 2018 (https://arxiv.org/abs/1807.03748); the learnable temp
 (https://arxiv.org/abs/2103.00020, section 2.5).
 
 The contract of a loss, for whoever writes another: it is an nn.Module that make_loss returns.
-  forward(q, k)   unit-length embeddings (B, E) of B pairs, the anchor's first -> loss, in-batch accuracy
+  forward(q, k)   unit-length float32 embeddings (B, E) of B pairs -> loss, in-batch accuracy
+                  (scalar tensors); q is of the first modality of the pair
   logit_scale     what a cosine is multiplied by: it is logged, and kept in model.pairs
   processes       each brings its own part of the global batch and returns its share of the global loss:
-                  the sum over processes is the loss, and the gradient, of one process with the whole batch
+                  the sum over processes is the loss, accuracy and gradient of one process with the
+                  whole batch; gather() brings all processes' embeddings
 Its parameters are trained with the encoders, without weight decay unless they are matrices.
 
     python loss.py            # losses of small batches in both forms, and the gradient by finite differences
