@@ -1,24 +1,27 @@
-"""Pretrained weights for model.py's encoders, the way back, and CLIP's byte-pair tokenizer.
+"""Pretrained weights for model.py's encoders, the way back, and CLIP's byte-pair tokenizer and prompts.
 
     model = load_pretrained("ViT-B-32")             # downloaded once, or any path:
     model = load_pretrained("imagebind_huge.pth")   # every encoder that the file holds
     export_imagebind(model, "mine.pth")             # for programs built on the original ImageBind
 
 Supported: OpenAI CLIP (https://github.com/openai/CLIP), OpenCLIP
-(https://github.com/mlfoundations/open_clip), Hugging Face CLIP, the released ImageBind
-(https://github.com/facebookresearch/ImageBind), and what train.py writes. No code in a file is run.
+(https://github.com/mlfoundations/open_clip), Hugging Face CLIP, whole or one tower alone, the
+released ImageBind (https://github.com/facebookresearch/ImageBind), and what train.py writes. No code
+in a file is run.
 
 Tokenizer: Radford et al., "Learning Transferable Visual Models From Natural Language
 Supervision", 2021 (https://arxiv.org/abs/2103.00020), section 2.4; byte-pair encoding from
 Sennrich et al., 2016 (https://arxiv.org/abs/1508.07909).
 """
 
+import ast
 import gzip
 import hashlib
 import html
 import json
 import math
 import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +29,7 @@ import ftfy
 import regex
 import torch
 
-from files.checkpoints import cached, checkpoint_errors_named, read_weights, save_atomic
+from files.checkpoints import cached, errors_named, read_json, read_weights, save_atomic, unwrap, weights_in
 from model import PRESETS, Encoder, EncoderConfig, ImageBind
 
 # What each format calls the parameters of model.py's encoders: our name -> the name in the file.
@@ -55,8 +58,7 @@ HUGGING_FACE = {
         "stem.proj": "vision_model.embeddings.patch_embedding",
         "cls": "vision_model.embeddings.class_embedding",
         "pos": "vision_model.embeddings.position_embedding.weight",
-        "pre_norm": "vision_model.pre_layrnorm",  # spelt so
-        "blocks": "vision_model.encoder.layers",
+        "pre_norm": "vision_model.pre_layrnorm", "blocks": "vision_model.encoder.layers",  # spelt so
         "norm": "vision_model.post_layernorm", "proj": "visual_projection",
     },
     "text": {
@@ -89,8 +91,7 @@ IMAGEBIND = {
         "pre_norm": "modality_trunks.vision.pre_transformer_layer.0",
     },
     "text": {
-        "stem": "modality_preprocessors.text.token_embedding",
-        "pos": "modality_preprocessors.text.pos_embed",
+        "stem": "modality_preprocessors.text.token_embedding", "pos": "modality_preprocessors.text.pos_embed",
         "blocks": "modality_trunks.text.blocks",
         "norm": "modality_heads.text.proj.0", "proj": "modality_heads.text.proj.1",
     },
@@ -110,7 +111,7 @@ IMAGEBIND = {
 
 # The last part of names in these files that are no weights of an encoder
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask", "mask",
-               "logit_scale", "log_logit_scale"}
+               "logit_scale", "log_logit_scale", "n_averaged"}
 TEXT_MASK = "modality_preprocessors.text.mask"  # stored in ImageBind's file, computed here
 
 # The released ImageBind multiplies embeddings by these, so that a product with an image's is a logit.
@@ -140,20 +141,22 @@ def name_in_file(layout, modality, ours):
 # Loading
 
 
-def load_pretrained(name, heads=None):
+def load_pretrained(name, heads=None, activation=None):
     """ImageBind with every encoder that a checkpoint holds, float32 on the CPU.
 
     name: a name of DOWNLOADS, a file, or a folder: a run's, or as Hugging Face and OpenCLIP publish
     them. Weights stored as float32 stay in the file until they are first used. Sizes come from the
-    shapes. heads: {"image": 2, "text": 4}, the numbers of attention heads where the file does not
-    tell (see settings_not_in_shapes). model.pairs holds the logit scales of the file, capped at 100:
-    "image-text" and, for the released ImageBind, "image-audio" and so on.
+    shapes. Two things have no shape (see settings_not_in_shapes), and what is given here overrules
+    the file, but for a run's, which states both. heads: {"image": 2, "text": 4}, the numbers of
+    attention heads. activation: "gelu" or "quick_gelu", of every encoder. model.pairs holds the logit
+    scales of the file, capped at 100: "image-text" and, for the released ImageBind, "image-audio" and
+    so on.
 
     Raises ValueError, one line that names the file, for whatever cannot be read or known.
     """
     path = find_weights(name)
     heads = heads or {}
-    with checkpoint_errors_named(path):
+    with errors_named(path):
         content, is_archive = read_weights(path)
         if not isinstance(content, dict):
             raise ValueError(f"holds a {type(content).__name__}, not weights by name")
@@ -163,14 +166,15 @@ def load_pretrained(name, heads=None):
             known = ", ".join(PRESETS["huge"])
             raise ValueError(f"heads are given for {', '.join(heads)}, but encoders are {known}")
         label = f"{path.name} {content.get('name', '')}"  # an OpenCLIP run notes the name of its model
-        tensors = tensors_by_plain_name(content.pop("state_dict", content))
+        tensors = unwrap(content)  # empties it, so that convert holds the last reference to each
+        join_qkv(tensors)
         layout = layout_of(tensors)
-        # OpenAI's models, as an archive or its state dict, and OpenCLIP's that say so have QuickGELU
-        quick = is_archive or "input_resolution" in tensors or "quickgelu" in label.lower()
         published = read_config(layout, path.parent)
+        if layout is CLIP and not activation:
+            activation = clip_activation(path, label, is_archive or "input_resolution" in tensors, published)
         configs = []
         for modality in towers_in(tensors, layout):
-            configs.append(tower_config(layout, modality, tensors, published, quick, heads))
+            configs.append(tower_config(layout, modality, tensors, published, heads, activation))
         pairs = logit_scales(tensors)
         weights = convert(layout, configs, tensors)
         rows = [vars(config) for config in configs]
@@ -186,41 +190,28 @@ DOWNLOADS = {  # name -> address, SHA-256 of the file there
     "ViT-B-32": openai("ViT-B-32", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
     "ViT-B-16": openai("ViT-B-16", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
     "ViT-L-14": openai("ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    # its authors published no digest: only the length that the server states is checked (CC-BY-NC weights)
+    # its authors published no digest: only the length that the server states is checked
     "imagebind_huge": ("https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth", None),
     "vocabulary": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
                    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+    "prompts": ("https://github.com/openai/CLIP/raw/main/notebooks/Prompt_Engineering_for_ImageNet.ipynb",
+                "1788d6598fedcea5ba835dbab218ba2e3c2384871d334ae773ccae53f265eade"),
 }
-# The names of weights in a folder: ours, Hugging Face's, OpenCLIP's
-IN_FOLDER = ("model.pt", "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
-             "open_clip_pytorch_model.bin")
+# Said when they are downloaded
+LICENCES = {"imagebind_huge": "imagebind_huge: licensed CC-BY-NC 4.0, for non-commercial use only"}
 
 
 def find_weights(name):
     """Path of the file that a name, a path or a folder means. Raises ValueError if there is none."""
     path = Path(name)
     if path.is_dir():
-        for file in IN_FOLDER:
-            if (path / file).is_file():
-                return path / file
-        raise ValueError(f"{path}: no weights in this folder, none of {', '.join(IN_FOLDER)}")
+        return weights_in(path)
     if path.is_file():
         return path
-    if name in DOWNLOADS:
-        return cached(*DOWNLOADS[name])
-    known = ", ".join(name for name in DOWNLOADS if name != "vocabulary")
-    raise ValueError(f"{path}: no such file, and not one of the names {known}")
-
-
-def tensors_by_plain_name(content):
-    """The tensors of a state dict, which is emptied, under the names of the tables above."""
-    tensors = {}
-    for name, value in content.items():
-        if isinstance(value, torch.Tensor):
-            tensors[name.removeprefix("module.")] = value  # DistributedDataParallel's prefix
-    content.clear()  # so that convert holds the last reference to each
-    join_qkv(tensors)
-    return tensors
+    models = [model for model in DOWNLOADS if model not in ("vocabulary", "prompts")]
+    if name in models:
+        return cached(*DOWNLOADS[name], LICENCES.get(name))
+    raise ValueError(f"{path}: no such file, and not one of the names {', '.join(models)}")
 
 
 def join_qkv(tensors):
@@ -251,10 +242,10 @@ def towers_in(tensors, layout):
 # What a model is, from the shapes of its weights
 
 
-def tower_config(layout, modality, tensors, published, quick, heads):
+def tower_config(layout, modality, tensors, published, heads, activation):
     """The EncoderConfig of one tower, from the shapes of its stem, positions and projection.
 
-    published: what read_config found. quick: whether a CLIP has QuickGELU. Raises ValueError.
+    published: what read_config found. heads, activation: what is known besides. Raises ValueError.
     """
     stem_name = "stem.weight" if modality == "text" else "stem.proj.weight"
     stem = tensors.get(name_in_file(layout, modality, stem_name))
@@ -263,8 +254,9 @@ def tower_config(layout, modality, tensors, published, quick, heads):
     if stem is None or proj is None:
         raise ValueError(f"the {modality} encoder has no {'projection' if proj is None else 'stem'}")
     *_, positions, width = pos.shape
-    activation, eps, n = settings_not_in_shapes(layout, modality, width, published, quick)
-    n = heads.get(modality, n)  # the caller overrules the file
+    stated, eps, n = settings_not_in_shapes(layout, modality, width, published)
+    activation = activation or stated  # the caller overrules the file
+    n = heads.get(modality, n)
     require_usable(modality, width, activation, n)
     config = EncoderConfig(
         modality, width=width, heads=n, activation=activation, eps=eps,
@@ -273,6 +265,7 @@ def tower_config(layout, modality, tensors, published, quick, heads):
         vocab=len(stem) if modality == "text" else 0,
         dropout=PRESETS["huge"][modality].get("dropout", 0.0),
         **geometry(modality, stem.shape, positions),
+        **(normalisation(published) if modality == "image" else {}),
     )
     if config.tokens != positions:  # as counted from the input's size and the patches
         raise ValueError(f"the {modality} encoder's {positions} positions do not fit patches {config.patch}")
@@ -325,23 +318,53 @@ HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # width of the tower ->
 
 
 def read_config(layout, folder):
-    """The publisher's JSON in the folder of the weights, or {}: only Hugging Face's must be there."""
-    file = folder / ("config.json" if layout is HUGGING_FACE else "open_clip_config.json")
-    if layout is HUGGING_FACE and not file.is_file():
-        raise ValueError("config.json, which says its activation and its heads, is not beside it")
-    if layout is IMAGEBIND or not file.is_file():
-        return {}
-    config = json.loads(file.read_text(encoding="utf-8"))
-    return config.get("model_cfg", config)  # OpenCLIP's file also describes preprocessing
+    """What the publisher's JSON beside the weights says of the model; only Hugging Face's must be there.
+
+    Under "pictures" is added what it says of their preprocessing, or None.
+    """
+    if layout is HUGGING_FACE:
+        config = read_json(folder / "config.json")
+        if not config:
+            raise ValueError("config.json, which says its activation and its heads, is not beside it")
+        # transformers 5 writes one file for pictures and texts
+        pictures = (read_json(folder / "preprocessor_config.json")
+                    or read_json(folder / "processor_config.json").get("image_processor"))
+        return config | {"pictures": pictures}
+    config = read_json(folder / "open_clip_config.json") if layout is CLIP else {}
+    return config.get("model_cfg", config) | {"pictures": config.get("preprocess_cfg")}
 
 
-def settings_not_in_shapes(layout, modality, width, published, quick):
-    """(activation, eps of the LayerNorms, number of heads or None where nothing tells it) of one tower."""
+def normalisation(published):
+    """The mean and std of an image's EncoderConfig, as the publisher states them; else CLIP's."""
+    stated = published["pictures"] or {}
+    # OpenCLIP's name, Hugging Face's
+    mean = stated.get("mean") or stated.get("image_mean") or EncoderConfig.mean
+    std = stated.get("std") or stated.get("image_std") or EncoderConfig.std
+    return {"mean": mean, "std": std}
+
+
+def clip_activation(path, label, is_openai, published):
+    """The activation of a CLIP in OpenAI's layout; one line on stderr if it has to be assumed.
+
+    OpenAI's models have QuickGELU, and OpenCLIP's whose JSON or name says so. The state dict of a
+    fine-tuned one may be of either kind.
+    """
+    name = label.lower().replace("-", "").replace("_", "")
+    if is_openai or published.get("quick_gelu") or "quickgelu" in name:
+        return "quick_gelu"
+    if "vision_cfg" not in published:
+        print(f"{path}: nothing tells its activation, GELU is assumed; if it was trained from OpenAI's "
+              'weights, say --activation quick_gelu (in Python: activation="quick_gelu")', file=sys.stderr)
+    return "gelu"
+
+
+def settings_not_in_shapes(layout, modality, width, published):
+    """(activation, eps of the LayerNorms, number of heads), a tower's; None is what nothing here tells."""
     if layout is IMAGEBIND:
         return imagebind_settings(modality, width)
     if layout is HUGGING_FACE:
         return hugging_face_settings(modality, published)
-    return clip_settings(modality, width, published, quick)
+    return clip_settings(modality, width, published)
 
 
 def imagebind_settings(modality, width):
@@ -353,13 +376,18 @@ def imagebind_settings(modality, width):
 
 
 def hugging_face_settings(modality, published):
-    """As config.json says; a key that it leaves out has the default of transformers' CLIPConfig."""
-    row = published.get("vision_config" if modality == "image" else "text_config") or {}
+    """As config.json says; a key that it leaves out has the default of transformers' CLIPConfig.
+
+    It has a row for each tower (the older name is the stronger one there) or is itself the row of the
+    only one: CLIPTextModelWithProjection's, CLIPVisionModelWithProjection's.
+    """
+    tower = "vision_config" if modality == "image" else "text_config"
+    row = published.get(f"{tower}_dict") or published.get(tower) or published
     heads = row.get("num_attention_heads", 12 if modality == "image" else 8)
     return row.get("hidden_act", "quick_gelu"), row.get("layer_norm_eps", 1e-5), heads
 
 
-def clip_settings(modality, width, published, quick):
+def clip_settings(modality, width, published):
     """Heads as open_clip_config.json says, else 64 wide except HEAD_WIDTH. eps is PyTorch's default."""
     row = published.get("vision_cfg" if modality == "image" else "text_cfg") or {}
     usual = HEAD_WIDTH.get(width, 64) if modality == "image" else 64
@@ -367,8 +395,7 @@ def clip_settings(modality, width, published, quick):
     heads = row.get("heads")
     if not heads and width % head_width == 0:
         heads = width // head_width
-    quick = quick or published.get("quick_gelu")
-    return "quick_gelu" if quick else "gelu", 1e-5, heads or None
+    return None, 1e-5, heads or None  # clip_activation tells the first
 
 
 def logit_scales(tensors):
@@ -461,7 +488,7 @@ def export_imagebind(model, path):
 
 
 def require_exportable(model, path):
-    """ValueError unless a model has the original's six towers, its input sizes, patches and exact GELU.
+    """ValueError unless a model has the original's six towers, input sizes, patches, GELU and normalisation.
 
     The image tower's patch may differ: it is the kernel that ImageBindModel is made with.
     """
@@ -471,10 +498,10 @@ def require_exportable(model, path):
     for modality, encoder in model.encoders.items():
         c = encoder.config
         row = EncoderConfig(modality, embed_dim=1024, **PRESETS["huge"][modality])
-        same_cut = modality == "image" or (c.patch, c.stride) == (row.patch, row.stride)
-        if c.input_shape != row.input_shape or c.activation != row.activation or not same_cut:
-            raise ValueError(f"{path}: the original's {modality} encoder reads {row.input_shape} with "
-                             f"{row.activation}, this one {c.input_shape} with {c.activation}")
+        for name in ("input_shape", "patch", "stride", "activation", "mean", "std"):
+            ours, theirs = getattr(c, name), getattr(row, name)
+            if ours != theirs and (modality != "image" or name not in ("patch", "stride")):
+                raise ValueError(f"{path}: the original's {modality} encoder has {name} {theirs}, not {ours}")
 
 
 # The tokenizer
@@ -583,10 +610,36 @@ def vocabulary_file():
 
     Raises ValueError if the file is not found or downloaded, or is not the one of CLIP's token ids.
     """
-    address, digest = DOWNLOADS["vocabulary"]
-    path = Path(os.environ.get("CLIP_BPE") or cached(address, digest))
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, though CLIP_BPE names it as CLIP's vocabulary")
+    given = os.environ.get("CLIP_BPE")
+    if given and not Path(given).is_file():
+        raise ValueError(f"{given}: no such file, though CLIP_BPE names it as CLIP's vocabulary")
+    return clip_file("vocabulary", given)
+
+
+def clip_file(name, given=None):
+    """Path of CLIP's file of this name in DOWNLOADS: the one given, or the cached. ValueError for another."""
+    address, digest = DOWNLOADS[name]
+    path = Path(given or cached(address, digest))
     if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        raise ValueError(f"{path}: not CLIP's bpe_simple_vocab_16e6.txt.gz, whose SHA-256 is {digest}")
+        raise ValueError(f"{path}: not CLIP's {address.rsplit('/', 1)[-1]}, whose SHA-256 is {digest}")
     return path
+
+
+def clip_prompts():
+    """(templates, class_names) of CLIP for ImageNet: 80 texts with {} for a name, 1000 names in class order.
+
+    From the notebook of OpenAI that lists them, which is downloaded once. It is read, never run.
+    Raises ValueError if it cannot be had.
+    """
+    notebook = json.loads(clip_file("prompts").read_text(encoding="utf-8"))
+    assigned = {}  # name -> what the notebook sets it to, as a syntax tree
+    for cell in notebook["cells"]:
+        try:
+            statements = ast.parse("".join(cell["source"])).body
+        except SyntaxError:  # prose, or a command of the shell
+            continue
+        for statement in statements:
+            if isinstance(statement, ast.Assign):
+                assigned[ast.unparse(statement.targets[0])] = statement.value
+    templates, class_names = assigned["imagenet_templates"], assigned["imagenet_classes"]
+    return ast.literal_eval(templates), ast.literal_eval(class_names)

@@ -14,7 +14,6 @@ the disparity (H, W), NaN where nothing was measured, thermal (H, W) in 0..1, im
 """
 
 import math
-import signal
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -30,8 +29,6 @@ from clip_weights import tokenizer
 from files.decode import READERS, SAMPLE_RATE, DataError, errors_named
 from model import preset
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 AUDIO_MEAN, AUDIO_STD = -4.268, 9.138  # of log-mel energies on AudioSet
 DEPTH_MEAN, DEPTH_STD = 0.0418, 0.0295  # of disparities, in the units of files/decode.py's to_disparity
 CLIP_SECONDS = 2  # of sound and video that an encoder sees at once
@@ -77,7 +74,7 @@ def evaluate_image(x, config):
     """(H, W, 3) uint8 -> (3, size, size)."""
     picture = resize_and_crop(Image.fromarray(x), config.input_shape[-1])
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return normalise(x.float() / 255)
+    return normalise(x.float() / 255, config)
 
 
 def resize_and_crop(picture, size):
@@ -94,10 +91,10 @@ def resize_and_crop(picture, size):
     return picture.crop((left, top, left + size, top + size))
 
 
-def normalise(x):
-    """(..., 3, H, W) in 0..1 -> CLIP's zero mean and unit deviation per channel."""
-    mean = torch.tensor(CLIP_MEAN)[:, None, None]
-    std = torch.tensor(CLIP_STD)[:, None, None]
+def normalise(x, config):
+    """(..., 3, H, W) in 0..1 -> zero mean and unit deviation per channel, as the encoder was trained with."""
+    mean = torch.tensor(config.mean)[:, None, None]
+    std = torch.tensor(config.std)[:, None, None]
     return (x - mean) / std
 
 
@@ -208,7 +205,7 @@ def evaluate_video(x, config):
     for start in spread(x.count / x.fps, CLIP_SECONDS, VIDEO_CLIPS):
         # Two frames of each clip, the first and the last.
         clip = x.frames(clip_frames(x, start, frames)).float() / 255  # (T, 3, H, W)
-        clip = normalise(resize_short_side(clip, size))
+        clip = normalise(resize_short_side(clip, size), config)
         H, W = clip.shape[-2:]
         # Left, middle and right; of an upright video top, middle and bottom.
         for part in (0.0, 0.5, 1.0):
@@ -313,7 +310,7 @@ def augment(frames, config, rng, view):
     view = view or View.centre(frames)
     x = view.crop(frames, config.input_shape[-1])  # in uint8, many times faster
     x = colour_jitter(x.float() / 255, rng)
-    return random_erase(normalise(x), rng)
+    return random_erase(normalise(x, config), rng)
 
 
 def train_audio(x, config, rng, view):
@@ -492,20 +489,6 @@ def batch_keys(source, batch_size, epochs, replicate=1.0, seed=0, start=0, rank=
             own = range(batch * batch_size + rank, (batch + 1) * batch_size, world)
             # Every draw of a run has its own number, and so its own augmentation.
             yield [(epoch * per_epoch + i, int(order[i])) for i in own]
-
-
-def load_batches(samples, keys, workers, device):
-    """Batches of tensors, each with the Bad items it lacks, made ahead by `workers` processes."""
-    loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=keys, num_workers=workers, collate_fn=collate,
-        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
-    return iter(loader)
-
-
-def ignore_signals(worker):
-    """In loader processes: a signal to the whole group ends the run through the main process alone."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

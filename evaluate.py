@@ -484,15 +484,6 @@ def folds(source, indices):
     return torch.tensor(list(map(names.index, given))), names
 
 
-def read_lines(path):
-    """The lines of a file that are not empty; one empty line if none is."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: {error}") from None
-    return [line.strip() for line in lines if line.strip()] or [""]
-
-
 # ---------------------------------------------------------------------------------------------
 # Retrieval
 
@@ -711,9 +702,7 @@ def parse_args():
     add = {name: commands.add_parser(name).add_argument for name in COMMANDS}
     # What all commands take; compare alone reads no data but the items it is given.
     for name in COMMANDS:
-        add[name]("--checkpoint", help="a run's folder or model.pt (default: the newest run), a CLIP or "
-                  "ImageBind file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
-        add[name]("--heads", type=cli.parse_heads, help="attention heads if no file says: image=16,text=12")
+        cli.add_checkpoint(add[name])
         add[name]("--json", help="also write the figures to this file")
         if name != "compare":
             add[name]("--data", default="toy", help=f"toy, CSV, shards, NAME:ROOT of {', '.join(DATASETS)}")
@@ -721,8 +710,8 @@ def parse_args():
             add[name]("--batch-size", type=cli.positive, default=64)
             add[name]("--workers", type=cli.count, default=2)
     add["zeroshot"]("--modality", choices=MODALITIES, required=True)
-    add["zeroshot"]("--templates", type=read_lines, help="a file of prompts, one a line, {} for the class")
-    add["zeroshot"]("--class-names", type=read_lines, help="a file of names, one a line; alternatives by |")
+    add["zeroshot"]("--templates", type=cli.read_lines, help="a file of prompts, a line each, {}: the class")
+    add["zeroshot"]("--class-names", type=cli.read_lines, help="a file of names, a line each; several by |")
     add["zeroshot"]("--partial", action="store_true", help="classes without items are passed over")
     add["retrieval"]("--query", choices=MODALITIES, required=True)
     add["retrieval"]("--gallery", choices=MODALITIES, required=True)
@@ -749,7 +738,7 @@ def main():
     if args.checkpoint is None:
         args.checkpoint = cli.newest_run()
         print(f"checkpoint: {args.checkpoint}")
-    model = cli.load_model(args.checkpoint, args.heads).to(cli.choose_device())
+    model = cli.load_model(args.checkpoint, args.heads, args.activation).to(cli.choose_device())
     source = open_data(args.data, "test", allow_outside=args.allow_outside) if "data" in args else None
     result = COMMANDS[args.command](args, model, source)
     if args.command == "matrix":

@@ -39,11 +39,16 @@ class EncoderConfig:
     activation: str = "gelu"  # or "quick_gelu", as in OpenAI's CLIP weights
     eps: float = 1e-6  # of the LayerNorms
     dropout: float = 0.0  # before the projection
+    # image only: pixels 0..1, red, green, blue, are normalised by these (CLIP's)
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
         self.input_shape = tuple(self.input_shape)
         self.patch = tuple(self.patch)
         self.stride = tuple(self.stride) or self.patch
+        self.mean = tuple(self.mean)
+        self.std = tuple(self.std)
         require_possible(self)
 
     @property
@@ -439,6 +444,10 @@ def require_possible(config):
         possible = axes > 0 and 1 < config.tokens <= 2**16
     possible = possible and config.activation in ("gelu", "quick_gelu")
     possible = possible and 0 < config.eps < 1 and 0 <= config.dropout < 1
+    possible = possible and len(config.mean) == len(config.std) == 3
+    colours = config.mean + config.std
+    possible = possible and all(isinstance(n, (int, float)) and abs(n) < 1000 for n in colours)  # no nan
+    possible = possible and min(config.std) > 1e-6
     if not possible:
         raise ValueError(f"no encoder has this row: {config}"[:400])
 

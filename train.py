@@ -33,7 +33,7 @@ from model import MODALITIES, PRESETS, ImageBind, encoder_of, preset
 from runtime import cli
 from runtime.cache import cache_anchor, without_anchor
 from runtime.cli import RunError, UsageError
-from runtime.run import STOP, Run, new_folder, options_of_run, training_code_digest, wait_for_all
+from runtime.run import STOP, Run, load_batches, new_folder, options_of_run, wait_for_all
 from sources import open_data
 
 # The paper's settings by the modality that learns (appendix B, table 9); image and text as in CLIP.
@@ -336,7 +336,7 @@ def training_batches(args, run, model, pair, frozen, source, settings, start, am
     keys = data.batch_keys(source, settings["batch_size"], epochs, settings["replicate"], args.seed,
                            start, rank(), processes())
     samples = data.Samples(source, configs, args.seed, cache)
-    return learning, data.load_batches(samples, keys, args.workers, device)
+    return learning, load_batches(samples, keys, args.workers, device)
 
 
 def next_batch(batches, run, counts, max_bad):
@@ -445,7 +445,7 @@ def initial_model(args, pairs, run):
     if args.init:
         given.append(cli.load_model(args.init))
     if args.clip:
-        given.append(cli.load_model(args.clip, args.heads))
+        given.append(cli.load_model(args.clip, args.heads, args.activation))
     binds_to_anchor = set(needed) & {"image", "text"} and set(needed) != {"image", "text"}
     if not given and toy and kind == "tiny" and binds_to_anchor:
         given.append(toy_anchor(args, run))
@@ -497,7 +497,7 @@ def same_encoder(model, trained, modality):
 def toy_anchor(args, run):
     """The toy world's image and text encoders, which play CLIP's part: trained once, then kept."""
     anchor = Run(TOY_ANCHOR)
-    if anchor.read_config().get("code") not in (None, training_code_digest()):
+    if anchor.of_other_code():
         run.say(f"{TOY_ANCHOR} was made by other code or settings")
         for name in ("log.jsonl", "state.pt", "model.pt") if run.main else ():
             (TOY_ANCHOR / name).unlink(missing_ok=True)
@@ -590,6 +590,7 @@ def add_options(parser):
     add("--init", help="start from the encoders of a run, a model.pt, or any file or name that --clip takes")
     add("--clip", help="bind to this CLIP's frozen encoders: a file, a folder, or a name such as ViT-B-16")
     add("--heads", type=cli.parse_heads, help="heads of --clip where no file tells: image=16,text=12")
+    add("--activation", choices=("gelu", "quick_gelu"), help="of --clip where no file tells")
     add("--learn", type=cli.parse_learn, help="who learns, by commas (default: the rule above)")
     add("--out", help="the run's folder (default: runs/PAIR, numbered if that exists)")
     add("--resume", metavar="RUN", help="resume the run in this folder, with its own options")

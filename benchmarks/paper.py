@@ -131,8 +131,7 @@ def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--root", required=True, help="a folder with the paper's data sets, at most two levels below")
-    add("--checkpoint", help="as for evaluate.py (default: the newest run)")
-    add("--heads", type=cli.parse_heads, help="attention heads where no file says: image=16,text=12")
+    cli.add_checkpoint(add)
     add("--out", help="keeps a file per finished data set (default: the --json file's name without ending, "
         "or suite)")
     add("--json", help="also write the figures to this file")
@@ -144,7 +143,7 @@ def main():
     if args.checkpoint is None:
         args.checkpoint = cli.newest_run()
         print(f"checkpoint: {args.checkpoint}")
-    model = cli.load_model(args.checkpoint, args.heads).to(cli.choose_device())
+    model = cli.load_model(args.checkpoint, args.heads, args.activation).to(cli.choose_device())
     result = measure_all(args, model)
     text = table(result["table"])
     print(text, end="")

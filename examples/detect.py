@@ -94,7 +94,7 @@ def embed_dense(encoder, x):
 def to_tensor(picture, encoder):
     """(H, W, 3) uint8 -> (1, 3, H, W), normalised, on the encoder's device."""
     x = torch.from_numpy(picture).permute(2, 0, 1).float() / 255
-    return data.normalise(x)[None].to(encoder.pos.device)
+    return data.normalise(x, encoder.config)[None].to(encoder.pos.device)
 
 
 def resize(x, size, mode="bicubic"):
@@ -406,8 +406,7 @@ def main():
     add("--out", default="found.png", help="boxes and heat maps are drawn to this file")
     add("--threshold", type=float, default=0.2, help="of the scores of drawn boxes")
     add("--scenes", type=cli.positive, default=100, help="toy scenes to measure on")
-    add("--checkpoint", help="as for evaluate.py (default: the newest run)")
-    add("--heads", type=cli.parse_heads, help="attention heads where the file does not say: image=16,text=12")
+    cli.add_checkpoint(add)
     args = parser.parse_args()
     if bool(args.image) != any(getattr(args, f"ask_{m}") for m in MODALITIES):
         raise cli.UsageError("--image and what to find in it go together: --audio dog.wav, --text 'a car', "
@@ -415,7 +414,7 @@ def main():
     if args.checkpoint is None:
         args.checkpoint = cli.newest_run()
         print(f"checkpoint: {args.checkpoint}")
-    model = cli.load_model(args.checkpoint, args.heads).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = cli.load_model(args.checkpoint, args.heads, args.activation).to(cli.choose_device())
     evaluate.require_joined(model, None, "image")
     if not args.image:
         measure_toy(model, args.scenes)

@@ -312,9 +312,9 @@ def show_prompt(modality, x, config, side):
     return Image.fromarray(x).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 
-def to_picture(x, side):
+def to_picture(x, config, side):
     """(3, S, S), normalised as an image encoder reads it -> an enlarged picture."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (data.CLIP_MEAN, data.CLIP_STD))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))
     x = ((x * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     return Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC)
 
@@ -348,7 +348,8 @@ def sample(args):
         raise UsageError(f"--centre needs a mean: {args.data} has no {lacking}; name --data that do")
     z = torch.stack([embed_prompt(model, parts, means, image_mean) for parts in prompts])
     z = z.repeat_interleave(args.count, dim=0)
-    drawn = [to_picture(x, args.side) for x in draw(generator, z, args)]
+    config = model.encoder("image").config
+    drawn = [to_picture(x, config, args.side) for x in draw(generator, z, args)]
     rows = [([show_prompt(m, x, model.encoder(m).config, args.side) for m, x in parts],
              drawn[i * args.count : (i + 1) * args.count]) for i, parts in enumerate(prompts)]
     sheet(rows, args.side).save(args.out)

@@ -7,6 +7,7 @@ and plain data alone, which hold no more than the file does.
 import errno
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -24,6 +25,18 @@ from tqdm import tqdm
 # What a TorchScript archive calls the types of its numbers
 STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
             "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32}
+
+# The names of weights in a folder, the first that is there: ours, Hugging Face's, OpenCLIP's. An index
+# lists the files of a model in parts; fp16 is a second copy, rounded.
+IN_FOLDER = ("model.pt", "model.safetensors", "model.safetensors.index.json",
+             "pytorch_model.bin", "pytorch_model.bin.index.json", "model.fp16.safetensors",
+             "model.safetensors.index.fp16.json", "pytorch_model.fp16.bin", "open_clip_model.safetensors",
+             "open_clip_model.safetensors.index.json", "open_clip_pytorch_model.bin",
+             "open_clip_pytorch_model.bin.index.json")
+
+# Programs save weights inside such dicts, and wrappers of a model put such parts into every name
+AROUND_WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
 
 # Reading
@@ -78,7 +91,7 @@ def tensors_in(content):
 
 
 @contextmanager
-def checkpoint_errors_named(path):
+def errors_named(path):
     """Turns any exception while a file is read into a ValueError: one line that names the file."""
     try:
         yield
@@ -96,10 +109,13 @@ def checkpoint_errors_named(path):
 def read_weights(path):
     """(content, is_archive) of a checkpoint at a Path: tensors by name, or a training run's dict around them.
 
-    Reads safetensors, TorchScript archives, and what torch.save wrote. Raises any exception.
+    Reads safetensors, TorchScript archives, what torch.save wrote, and the index of a model in parts.
+    Raises any exception.
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path), False
+    if path.suffix == ".json":
+        return read_parts(path), False
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with zipfile.ZipFile(path) as archive:
@@ -109,6 +125,57 @@ def read_weights(path):
                 return read_archive(archive, root), True
     # mapped: pages are read when touched, and float32 weights are never copied
     return read_checkpoint(path, mmap=is_zip), False
+
+
+def weights_in(folder):
+    """Path of the weights in a folder. Raises ValueError if there are none."""
+    for name in IN_FOLDER:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder}: no weights in this folder, none of {', '.join(IN_FOLDER)}")
+
+
+def read_json(path):
+    """The dict in a JSON file, {} if there is no such file. Raises ValueError, which names it."""
+    if not path.is_file():
+        return {}
+    with errors_named(path.name):
+        return {**json.loads(path.read_text(encoding="utf-8"))}  # TypeError for a list
+
+
+def read_parts(index):
+    """Tensors by name of a model in parts, the files that its index lists, all beside it."""
+    tensors = {}
+    for name in sorted(set(read_json(index)["weight_map"].values())):
+        part = index.parent / name
+        # a stranger's index may name any file, itself too
+        if Path(name).name != name or part.suffix == ".json" or not part.is_file():
+            raise ValueError(f"{name}, which it lists as a part of the weights, is no file beside it")
+        with errors_named(name):
+            tensors |= read_weights(part)[0]
+    return tensors
+
+
+def unwrap(content):
+    """The tensors of what a program saved, under the model's own names; the dict they were in is emptied.
+
+    Taken off are the dicts around them, the parts of names that wrappers put in (DistributedDataParallel's,
+    torch.compile's), and "model." if all names begin with it. ValueError if two names become one.
+    """
+    for key in AROUND_WEIGHTS:
+        if isinstance(content.get(key), dict):
+            return unwrap(content[key])
+    tensors = {}
+    for name, value in content.items():
+        name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if name in tensors:
+            raise ValueError(f"{name} is there twice")
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+    content.clear()
+    while tensors and all(name.startswith("model.") for name in tensors):
+        tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
+    return tensors
 
 
 def read_safetensors(path):
@@ -226,15 +293,17 @@ def cache_folder():
     return Path(os.environ.get("IMAGEBIND_CACHE") or Path.home() / ".cache" / "imagebind-mini")
 
 
-def cached(address, digest):
+def cached(address, digest, notice=None):
     """Path of the copy in the cache folder of the file at an address; downloaded if it is not there.
 
-    digest: its SHA-256, or None where none is published. Raises ValueError if the file cannot be
-    downloaded, or has another digest (it is deleted then).
+    digest: its SHA-256, or None where none is published. notice: a line to print before a download.
+    Raises ValueError if the file cannot be downloaded, or has another digest (it is deleted then).
     """
     target = cache_folder() / address.rsplit("/", 1)[-1]
     if target.is_file():  # whole and checked: it has this name only after both
         return target
+    if notice:
+        print(notice, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     # one name per process: several may download at once, and the last to finish replaces the same content
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -270,8 +339,10 @@ def download(address, path):
 
 
 def weights_digest(model):
-    """SHA-256 of a module's weights: tells which checkpoint a stored result belongs to."""
-    digest = hashlib.sha256()
+    """SHA-256 of a module's weights and of its parts' configs: tells which model a stored result is of."""
+    # heads, activation and normalisation change what the same weights give
+    configs = [part.config for part in model.modules() if hasattr(part, "config")]
+    digest = hashlib.sha256(repr(configs).encode())
     for name, tensor in model.state_dict().items():
         numbers = tensor.detach().cpu().contiguous().flatten()
         digest.update(name.encode())

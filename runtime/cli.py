@@ -139,6 +139,15 @@ def parse_temperature(text):
     return number(float, least=1 / MAX_LOGIT_SCALE, below=math.inf)(text)
 
 
+def read_lines(path):
+    """The lines of a file that are not empty; one empty line if none is."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}") from None
+    return [line.strip() for line in lines if line.strip()] or [""]
+
+
 # ---------------------------------------------------------------------------------------------
 # Device, processes, precision, checkpoint
 
@@ -165,10 +174,18 @@ def choose_amp(name, device):
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}[name]
 
 
-def load_model(name, heads=None):
+def add_checkpoint(add):
+    """Adds the options that say which model: those of load_model."""
+    add("--checkpoint", help="a run's folder or model.pt (default: the newest run), a CLIP or ImageBind "
+        "file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
+    add("--heads", type=parse_heads, help="attention heads where no file says: image=16,text=12")
+    add("--activation", choices=("gelu", "quick_gelu"), help="of a CLIP where no file says")
+
+
+def load_model(name, heads=None, activation=None):
     """The model of a run's folder, a file or a name; None: of the newest run. Raises UsageError."""
     try:
-        return load_pretrained(name or newest_run(), heads)
+        return load_pretrained(name or newest_run(), heads, activation)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -16,10 +16,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Bad
+from data import Bad, collate
 from files.checkpoints import read_checkpoint, save_atomic
 from loss import processes, rank
 from runtime.cli import RunError, UsageError
@@ -127,6 +128,10 @@ class Run:
         if saved not in (None, fingerprint):
             raise UsageError(f"--resume {self.folder}: the data have changed since the run was started; "
                              f"with them, start a new run from its weights: --init {self.folder}")
+
+    def of_other_code(self):
+        """Whether the run was made by other code or settings than today's."""
+        return self.read_config().get("code") not in (None, training_code_digest())
 
     def finished(self):
         """Whether the last thing this run logged is its final evaluation."""
@@ -278,3 +283,17 @@ class Stop:
 
 
 STOP = Stop()
+
+
+def load_batches(samples, keys, workers, device):
+    """Batches of tensors, each with the Bad items it lacks, made ahead by `workers` processes."""
+    loader = torch.utils.data.DataLoader(
+        samples, batch_sampler=keys, num_workers=workers, collate_fn=collate,
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
+    return iter(loader)
+
+
+def ignore_signals(worker):
+    """In loader processes: a signal to the whole group ends the run through the main process alone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

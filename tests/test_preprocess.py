@@ -1,6 +1,7 @@
 """Preprocessing is the original's: the tensors recorded from it come out again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ class Counting(Video):
 def test_video_is_five_clips_of_first_and_last_frame_in_three_squares(fps, count, size, starts, corners):
     x = data.transform("video", Counting(fps, count, *size), preset("huge", "video"))
     assert x.shape == (15, 3, 2, 224, 224)
-    mean, std = torch.tensor(data.CLIP_MEAN), torch.tensor(data.CLIP_STD)
+    mean, std = torch.tensor(preset("huge", "image").mean), torch.tensor(preset("huge", "image").std)
     x = ((x * std[:, None, None, None] + mean[:, None, None, None]) * 255).round().int()
     assert [tuple(clip[2, :, 0, 0].tolist()) for clip in x[::3]] == starts
     assert [tuple(crop[:2, 0, 0, 0].tolist()) for crop in x[:3]] == corners
@@ -85,3 +86,13 @@ def test_what_a_sensor_cannot_have_measured_is_refused(tmp_path):
         with pytest.raises(data.DataError, match=reason) as error:
             data.load(modality, path)
         assert str(path) in str(error.value)
+
+
+def test_a_picture_is_normalised_as_its_encoder_was_trained():
+    grey = np.full((40, 40, 3), 255, np.uint8)
+    config = replace(preset("tiny", "image"), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.25))
+    x = data.transform("image", grey, config)
+    assert x[:, 16, 16].tolist() == [1.0, 1.0, 2.0]
+    config = replace(preset("tiny", "video"), mean=(0.5, 0.5, 0.5))
+    video = data.transform("video", Counting(25.0, 50, 32, 32), config)
+    assert video[0, 2, 0, 0, 0].item() == pytest.approx((0 - 0.5) / 0.27577711)

@@ -31,6 +31,7 @@ from files import checkpoints, decode  # noqa: E402
 from model import MODALITIES, EncoderConfig, ImageBind, preset  # noqa: E402
 from runtime import results  # noqa: E402
 from runtime.cli import RunError, UsageError  # noqa: E402
+from runtime.run import ignore_signals  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.manifest import Table  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
@@ -413,7 +414,7 @@ def test_spawned_workers_make_the_same_batches(tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(table))[1]["text"], table[1]["text"])
     samples = data.Samples(ToyWorld(), {m: preset("tiny", m) for m in ("image", "audio")})
     keys = list(data.batch_keys(ToyWorld(size=12), 4, epochs=1))
-    spawn = {"num_workers": 1, "multiprocessing_context": "spawn", "worker_init_fn": data.ignore_signals}
+    spawn = {"num_workers": 1, "multiprocessing_context": "spawn", "worker_init_fn": ignore_signals}
     own, spawned = (
         list(torch.utils.data.DataLoader(samples, batch_sampler=keys, collate_fn=data.collate, **options))
         for options in ({}, spawn)
