@@ -29,7 +29,7 @@ import ftfy
 import regex
 import torch
 
-from files.checkpoints import cached, errors_named, read_json, read_weights, save_atomic, unwrap, weights_in
+from files.checkpoints import cached, errors_of_file, read_json, read_weights, save_atomic, unwrap, weights_in
 from model import PRESETS, Encoder, EncoderConfig, ImageBind
 
 # What each format calls the parameters of model.py's encoders: our name -> the name in the file.
@@ -156,7 +156,7 @@ def load_pretrained(name, heads=None, activation=None):
     """
     path = find_weights(name)
     heads = heads or {}
-    with errors_named(path):
+    with errors_of_file(path):
         content, is_archive = read_weights(path)
         if not isinstance(content, dict):
             raise ValueError(f"holds a {type(content).__name__}, not weights by name")

@@ -735,10 +735,7 @@ def main():
     if sys.argv[1:2] == ["suite"]:
         raise UsageError("suite is now python benchmarks/paper.py, with the same options")
     args = parse_args()
-    if args.checkpoint is None:
-        args.checkpoint = cli.newest_run()
-        print(f"checkpoint: {args.checkpoint}")
-    model = cli.load_model(args.checkpoint, args.heads, args.activation).to(cli.choose_device())
+    model = cli.open_checkpoint(args)
     source = open_data(args.data, "test", allow_outside=args.allow_outside) if "data" in args else None
     result = COMMANDS[args.command](args, model, source)
     if args.command == "matrix":

@@ -89,17 +89,19 @@ def roles(pair, has_weights, learn=None):
     trained = [m for m in pair if encoder_of(m) in has_weights]
     anchor = trained[0] if trained else None
     other = pair[0] if anchor == pair[1] else pair[1]
-    same_encoder = encoder_of(anchor or "") == encoder_of(other)  # image and video
+    shared = encoder_of(pair[0]) == encoder_of(pair[1])  # image and video
     if learn:
         learners = [m for m in pair if m in learn]
-    elif anchor is None or same_encoder or set(pair) == {"image", "text"}:
+    elif anchor is None or shared or set(pair) == {"image", "text"}:
         learners = list(pair)
     else:
         learners = [other]
-    # Who does not learn is frozen, and has to be trained already.
-    frozen = None if same_encoder or len(learners) == 2 else next(m for m in pair if m not in learners[:1])
     if not learners:
         raise UsageError(f"--learn {','.join(learn)} names neither side of {'-'.join(pair)}")
+    # Who does not learn is frozen, and has to be trained already.
+    frozen = None
+    if len(learners) == 1 and not shared:
+        frozen = pair[0] if learners == [pair[1]] else pair[1]
     if frozen and frozen not in trained:
         raise UsageError(f"--learn {','.join(learn)}: {frozen} of {'-'.join(pair)} would be frozen "
                          "and has no weights; give it some with --clip or --init")
@@ -519,6 +521,7 @@ def train(args, run):
     for pair in pairs:
         source = open_pair(args, pair, pair[1])
         settings_for(args, pair[1], len(source))
+        roles(pair, MODALITIES, args.learn)  # as if all had weights: that is known later
     require_evaluation(args, pairs)
     # The model as it was saved, or as it begins.
     device = cli.choose_device()

@@ -140,10 +140,7 @@ def main():
     add("--workers", type=cli.count, default=2)
     args = parser.parse_args()
     args.out = args.out or (Path(args.json).with_suffix("") if args.json else "suite")
-    if args.checkpoint is None:
-        args.checkpoint = cli.newest_run()
-        print(f"checkpoint: {args.checkpoint}")
-    model = cli.load_model(args.checkpoint, args.heads, args.activation).to(cli.choose_device())
+    model = cli.open_checkpoint(args)
     result = measure_all(args, model)
     text = table(result["table"])
     print(text, end="")

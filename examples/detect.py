@@ -411,10 +411,7 @@ def main():
     if bool(args.image) != any(getattr(args, f"ask_{m}") for m in MODALITIES):
         raise cli.UsageError("--image and what to find in it go together: --audio dog.wav, --text 'a car', "
                              "--like cat.jpg")
-    if args.checkpoint is None:
-        args.checkpoint = cli.newest_run()
-        print(f"checkpoint: {args.checkpoint}")
-    model = cli.load_model(args.checkpoint, args.heads, args.activation).to(cli.choose_device())
+    model = cli.open_checkpoint(args)
     evaluate.require_joined(model, None, "image")
     if not args.image:
         measure_toy(model, args.scenes)

@@ -14,7 +14,6 @@ lives in the same space: its embeddings can be drawn too, and nothing is trained
 
 import argparse
 import math
-import signal
 import sys
 import textwrap
 import time
@@ -159,8 +158,7 @@ def train(args):
     if args.size % args.patch or args.width % 32:
         raise UsageError(f"--size {args.size} must be a multiple of --patch {args.patch}, "
                          f"and --width {args.width} of 32")
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, STOP.catch)
+    STOP.listen()
     file, start = Path(args.out) / "generator.pt", time.monotonic()
     options = {key: value for key, value in vars(args).items() if key not in ("function", "workers", "out")}
     saved = read_checkpoint(file) if file.exists() else None

@@ -91,7 +91,7 @@ def tensors_in(content):
 
 
 @contextmanager
-def errors_named(path):
+def errors_of_file(path):
     """Turns any exception while a file is read into a ValueError: one line that names the file."""
     try:
         yield
@@ -139,7 +139,7 @@ def read_json(path):
     """The dict in a JSON file, {} if there is no such file. Raises ValueError, which names it."""
     if not path.is_file():
         return {}
-    with errors_named(path.name):
+    with errors_of_file(path.name):
         return {**json.loads(path.read_text(encoding="utf-8"))}  # TypeError for a list
 
 
@@ -151,7 +151,7 @@ def read_parts(index):
         # a stranger's index may name any file, itself too
         if Path(name).name != name or part.suffix == ".json" or not part.is_file():
             raise ValueError(f"{name}, which it lists as a part of the weights, is no file beside it")
-        with errors_named(name):
+        with errors_of_file(name):
             tensors |= read_weights(part)[0]
     return tensors
 

@@ -182,6 +182,14 @@ def add_checkpoint(add):
     add("--activation", choices=("gelu", "quick_gelu"), help="of a CLIP where no file says")
 
 
+def open_checkpoint(args):
+    """The model that the options of add_checkpoint name, on the device; says which, where none is named."""
+    if args.checkpoint is None:
+        args.checkpoint = newest_run()
+        print(f"checkpoint: {args.checkpoint}")
+    return load_model(args.checkpoint, args.heads, args.activation).to(choose_device())
+
+
 def load_model(name, heads=None, activation=None):
     """The model of a run's folder, a file or a name; None: of the newest run. Raises UsageError."""
     try:

@@ -285,6 +285,10 @@ class Stop:
 STOP = Stop()
 
 
+# ---------------------------------------------------------------------------------------------
+# Loader processes
+
+
 def load_batches(samples, keys, workers, device):
     """Batches of tensors, each with the Bad items it lacks, made ahead by `workers` processes."""
     loader = torch.utils.data.DataLoader(

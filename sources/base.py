@@ -33,7 +33,7 @@ class Source:
         raise NotImplementedError
 
     def row(self, index):
-        """{column: text}: paths, text, label. Raises DataError."""
+        """{column: text without blanks around it}: paths, text, label. Raises DataError."""
         raise NotImplementedError
 
     def read(self, index, modality):
@@ -143,8 +143,7 @@ class Source:
         first = [self.row(index) for index in itertools.islice(self.indices(), 20)]
         cells = {}
         for modality in pair:
-            column = [row.get(modality, "").strip() for row in first]
-            cells[modality] = [cell for cell in column if cell]
+            cells[modality] = [row[modality] for row in first if row.get(modality)]
             if not cells[modality]:
                 raise DataError(f"the column {modality} is empty")
         for modality in pair:

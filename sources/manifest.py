@@ -80,7 +80,7 @@ class Table(Source):
         if modality in (None, "text"):
             return digest.hexdigest()
         for row in self.rows():
-            path = self.root / row[modality].strip()
+            path = self.root / row[modality]
             stat = path.stat() if path.is_file() else None
             digest.update(f"{path.absolute()} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
         return digest.hexdigest()
@@ -148,7 +148,7 @@ class Table(Source):
 
     def read(self, index, modality):
         row = self.row(index)
-        cell = row.get(modality, "").strip()
+        cell = row.get(modality, "")
         if not cell:
             raise DataError(f"{modality} is empty")
         with errors_named(cell):
@@ -176,16 +176,24 @@ def row_offsets(file):
         for cells in csv.reader(lines()):
             if cells:
                 offsets.append(begin)
-                last = begin
             begin = at
-        if offsets:  # at the end of the file, csv takes an open quote for closed unless it is strict
-            file.seek(last)
-            next(csv.reader([file.read().decode("latin-1")], strict=True))
     except csv.Error as error:
-        if "end of data" not in str(error) and "larger than" not in str(error):
-            return np.array([*offsets, at])  # quotes that only a strict reader minds
-        raise DataError(f"a quote opens in row {len(offsets) - 1} and never closes") from None
-    return np.array([*offsets, at])
+        reason = f"row {len(offsets)}: {error}; is there a quote that opens and never closes?"
+        raise DataError(reason) from None
+    if offsets and ends_in_quotes(file, offsets[-1]):
+        raise DataError(f"a quote opens in row {len(offsets) - 1} and never closes")
+    offsets.append(at)
+    return np.array(offsets)
+
+
+def ends_in_quotes(file, begin):
+    """Whether the last row, from a byte on, never closes its quotes: only a strict reader minds that."""
+    file.seek(begin)
+    try:
+        next(csv.reader([file.read().decode("latin-1")], strict=True))
+    except csv.Error as error:
+        return "end of data" in str(error)
+    return False
 
 
 # From a row to the part of a file that it means

@@ -158,6 +158,12 @@ def test_a_manifest_has_the_rows_that_the_csv_module_reads(tmp_path, content):
     assert [table.row(i) for i in range(len(table))] == expected == list(table.rows())
 
 
+def test_what_the_csv_module_cannot_read_is_said_and_no_row_is_lost_unseen(tmp_path):
+    (tmp_path / "m.csv").write_bytes(b"text,label\nfine,a\nbroken\rline,b\nlost,c\n")
+    with pytest.raises(DataError, match="row 2: new-line character"):
+        Table(tmp_path / "m.csv")
+
+
 def test_blanks_around_headers_and_cells_mean_nothing(tmp_path):
     (tmp_path / "m.csv").write_text("image, text, label \na.png , a dog, dog \nb.png,a cat,dog\n")
     table = Table(tmp_path / "m.csv")

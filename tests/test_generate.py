@@ -96,7 +96,7 @@ def command(monkeypatch, tmp_path):
 
     def command(*argv):
         monkeypatch.setattr(STOP, "is_set", False)
-        monkeypatch.setattr(generate.signal, "signal", lambda *_: None)
+        monkeypatch.setattr("signal.signal", lambda *_: None)
         monkeypatch.setattr(sys, "argv", ["generate.py", *argv])
         generate.main()
     return command

@@ -124,18 +124,22 @@ def save_model(seed):
     model.save("model.pt")
 
 
-@pytest.fixture
-def call(tmp_path, monkeypatch):
-    """Runs evaluate.py's command line in this process; returns what --json holds."""
+def caller(program, tmp_path, monkeypatch):
+    """Runs a program's command line in this process, on a model of its own; returns what --json holds."""
     monkeypatch.chdir(tmp_path)
     save_model(seed=0)
 
     def call(*options):
         always = ("--checkpoint", "model.pt", "--workers", "0", "--json", "out.json")
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *options, *always])
-        evaluate.main()
+        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *options, *always])
+        program.main()
         return json.loads((tmp_path / "out.json").read_text())
     return call
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    return caller(evaluate, tmp_path, monkeypatch)
 
 
 def small_esc50(root, per_class=4):

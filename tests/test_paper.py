@@ -1,11 +1,10 @@
 """The paper's tables are measured once, and say what was not measured."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
-from test_metrics import save_model, small_esc50
+from test_metrics import caller, save_model, small_esc50
 
 import evaluate
 
@@ -18,17 +17,7 @@ from runtime.cli import UsageError  # noqa: E402
 
 @pytest.fixture
 def call(tmp_path, monkeypatch):
-    """Runs benchmarks/paper.py's command line in this process; returns what --json holds."""
-    monkeypatch.chdir(tmp_path)
-    save_model(seed=0)
-
-    def call(*options):
-        always = ("--checkpoint", "model.pt", "--workers", "0", "--json", "out.json")
-        monkeypatch.setattr(sys, "argv", ["paper.py", *options, *always])
-        paper.main()
-        return json.loads((tmp_path / "out.json").read_text())
-
-    return call
+    return caller(paper, tmp_path, monkeypatch)
 
 
 def test_a_killed_measurement_resumes_where_it_stopped(call, tmp_path, monkeypatch, capsys):

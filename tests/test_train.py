@@ -297,6 +297,7 @@ def test_steps_shorten_the_warm_up_with_the_schedule():
         (["--pair", "image-text", "--data", "m.csv"], "text is empty"),
         (["--pair", "image-thermal", "--data", "m.csv"], "none of the first 1 image files exists"),
         (["--pair", "image-audio", "--batch-size", "0"], "--batch-size: 0: must be a whole number above 0"),
+        (["--pair", "image-audio", "--learn", "depth"], "--learn depth names neither side of image-audio"),
         (["--pair", "image-audio,audio-image"], "names a pair twice"),
         (["--pair", "image-audio", "--temperature", "0"], "--temperature: 0: must be a number at least 0.01"),
         (["--pair", "image-audio", "--temperature", "-1"], "--temperature: -1: must be"),
