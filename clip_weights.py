@@ -610,16 +610,15 @@ def vocabulary_file():
 
     Raises ValueError if the file is not found or downloaded, or is not the one of CLIP's token ids.
     """
-    given = os.environ.get("CLIP_BPE")
-    if given and not Path(given).is_file():
-        raise ValueError(f"{given}: no such file, though CLIP_BPE names it as CLIP's vocabulary")
-    return clip_file("vocabulary", given)
+    return clip_file("vocabulary", os.environ.get("CLIP_BPE"))
 
 
 def clip_file(name, given=None):
     """Path of CLIP's file of this name in DOWNLOADS: the one given, or the cached. ValueError for another."""
     address, digest = DOWNLOADS[name]
     path = Path(given or cached(address, digest))
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, though CLIP_BPE names it as CLIP's {name}")
     if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         raise ValueError(f"{path}: not CLIP's {address.rsplit('/', 1)[-1]}, whose SHA-256 is {digest}")
     return path
@@ -632,14 +631,9 @@ def clip_prompts():
     Raises ValueError if it cannot be had.
     """
     notebook = json.loads(clip_file("prompts").read_text(encoding="utf-8"))
-    assigned = {}  # name -> what the notebook sets it to, as a syntax tree
-    for cell in notebook["cells"]:
-        try:
-            statements = ast.parse("".join(cell["source"])).body
-        except SyntaxError:  # prose, or a command of the shell
-            continue
-        for statement in statements:
-            if isinstance(statement, ast.Assign):
-                assigned[ast.unparse(statement.targets[0])] = statement.value
-    templates, class_names = assigned["imagenet_templates"], assigned["imagenet_classes"]
-    return ast.literal_eval(templates), ast.literal_eval(class_names)
+    code = "\n".join("".join(cell["source"]) for cell in notebook["cells"])
+    lists = []
+    for name in ("imagenet_templates", "imagenet_classes"):
+        found = regex.search(rf"^{name} = (\[\s*['\"].*?\])\s*$", code, regex.MULTILINE | regex.DOTALL)
+        lists.append(ast.literal_eval(found[1]))
+    return tuple(lists)

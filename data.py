@@ -9,10 +9,10 @@ image (H, W, 3) uint8, video a `Video`, text a string, audio a waveform (channel
 the disparity (H, W), NaN where nothing was measured, thermal (H, W) in 0..1, imu (6, T). Then it is
 *transformed*, here, to the tensor that the encoder of a given config reads.
 
-    python data.py            # counts of the toy world, and toy.png with samples in all modalities
-    python data.py SPEC       # whatever --data takes: its counts, classes, absent files and one sample
+    python data.py SPEC       # whatever --data takes: its counts, classes, absent files, and units
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,7 +26,8 @@ import torchaudio
 from PIL import Image
 
 from clip_weights import tokenizer
-from files.decode import READERS, SAMPLE_RATE, DataError, errors_named
+from files.decode import READERS, SAMPLE_RATE, DataError, Video, errors_named
+from files.randaugment import MOVES, draw_operations, operate
 from model import preset
 
 AUDIO_MEAN, AUDIO_STD = -4.268, 9.138  # of log-mel energies on AudioSet
@@ -54,12 +55,12 @@ def load(modality, item, config=None, **options):
 def transform(modality, x, config, rng=None, view=None):
     """The plain form of a modality -> the encoder's tensor, finite. Raises DataError.
 
-    Without rng as in evaluation. With one as in training, where a picture's View is its centre if not given.
+    Without rng as in evaluation; with one, and a View of the whole sample, as in training.
     """
     if rng is None or modality not in TRAINING:
         x = EVALUATION[modality](x, config)
     else:
-        x = TRAINING[modality](x, config, rng, view)
+        x = TRAINING[modality](x, config, rng, view or View())
     # One number that is not finite would make every weight so.
     if not x.isfinite().all():
         raise DataError(f"its {modality} has values so extreme that its tensor is not finite")
@@ -246,79 +247,111 @@ EVALUATION = {
 
 
 # ---------------------------------------------------------------------------------------------
-# What training varies (paper, appendix B): the plain form, config, rng, view -> tensor
+# What training varies (paper, appendix B, table 9): the plain form, config, rng, view -> tensor
+#
+#   none     nothing but the moment at which a clip begins: IMU
+#   basic    random crop and flip: audio wants the picture no stronger (table 5d)
+#   strong   also RandAugment, colours, a rectangle erased: depth and thermal
+AUGMENTATIONS = ("none", "basic", "strong")
 
 
 @dataclass
 class View:
-    """One random crop and flip, in fractions of the picture: shared by all pictures of a sample,
-    because image and depth or thermal must stay aligned (paper, appendix B)."""
+    """The random choices that all modalities of a sample share; places and sizes are fractions.
 
-    width: float
-    height: float
-    x: float  # of the room that the crop leaves
-    y: float
-    flip: bool
+    A depth or thermal map is cropped, flipped, turned and erased as its picture is: apart, a map learns much
+    worse (table 5e). Sound and picture of a video are of the same moment (table 5g).
+    """
+
+    width: float = None  # of the crop; None: of the middle square, as in evaluation
+    height: float = None
+    x: float = 0.5  # of the room that the crop leaves
+    y: float = 0.5
+    flip: bool = False
+    moment: float = 0.5  # of the room that a clip leaves in a recording
+    seconds: float = math.inf  # length of the sample's shortest recording
+    mode: str = "bicubic"  # of resizing
+    operations: tuple = ()  # RandAugment's: (name, strength) of each
+    jitter: tuple = ()  # factors of brightness, contrast, saturation
+    erased: tuple = ()  # top, left, height, width of a rectangle
 
     @classmethod
-    def draw(cls, rng, scale):
-        """A random one, whose area is within `scale` of the picture's."""
+    def draw(cls, rng, scale, augment="basic"):
+        """A random one of AUGMENTATIONS; the area of its crop is within `scale` of the picture's."""
         # The order of the draws is part of every training sample: another order makes other samples.
+        view = cls(moment=rng.random())
+        if augment == "none":
+            return view
         area = rng.uniform(*scale)
         aspect = math.exp(rng.uniform(-0.288, 0.288))  # 3/4 .. 4/3
-        width = min(1.0, math.sqrt(area * aspect))
-        height = min(1.0, math.sqrt(area / aspect))
-        return cls(width, height, rng.random(), rng.random(), rng.random() < 0.5)
-
-    @classmethod
-    def centre(cls, x):
-        """The middle square of (..., H, W), as in evaluation."""
-        H, W = x.shape[-2:]
-        return cls(min(1.0, H / W), min(1.0, W / H), 0.5, 0.5, False)
+        view.width = min(1.0, math.sqrt(area * aspect))
+        view.height = min(1.0, math.sqrt(area / aspect))
+        view.x, view.y = rng.random(), rng.random()
+        view.flip = rng.random() < 0.5
+        if augment == "strong":
+            view.mode = "bilinear"
+            view.operations = draw_operations(rng)
+            view.jitter = tuple(rng.uniform(0.6, 1.4, 3).tolist())
+            view.erased = draw_rectangle(rng)
+        return view
 
     def box(self, H, W):
         """The rows and columns that it shows of a picture (H, W)."""
-        h = max(1, round(H * self.height))
-        w = max(1, round(W * self.width))
+        h = max(1, round(H * (self.height or min(1.0, W / H))))
+        w = max(1, round(W * (self.width or min(1.0, H / W))))
         top = round((H - h) * self.y)
         left = round((W - w) * self.x)
         return slice(top, top + h), slice(left, left + w)
 
     def crop(self, x, size):
-        """(B, C, H, W), uint8 or float -> (B, C, size, size) of the same kind, antialiased bicubic."""
+        """(B, C, H, W), uint8 or float -> (B, C, size, size) of the same kind, antialiased."""
         rows, columns = self.box(*x.shape[-2:])
         x = x[..., rows, columns]
         # The crop becomes a square, whatever its shape: a change of aspect is part of the augmentation.
-        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        x = F.interpolate(x, (size, size), mode=self.mode, antialias=True, align_corners=False)
         return x.flip(-1) if self.flip else x
+
+    def erase(self, x, value):
+        """Fills its rectangle of (..., size, size), if it has one."""
+        if self.erased:
+            top, left, height, width = (round(part * x.shape[-1]) for part in self.erased)
+            x[..., top : top + height, left : left + width] = value
+        return x
+
+    def start(self, duration, clip):
+        """Where a clip begins in a recording (s): the same moment in a video's sound and pictures."""
+        return self.moment * max(0.0, min(duration, self.seconds) - clip)
 
 
 def train_image(x, config, rng, view):
     x = torch.from_numpy(x).permute(2, 0, 1)[None]  # (1, 3, H, W)
-    return augment(x, config, rng, view)[0]
+    return augment_frames(x, config, view)[0]
 
 
 def train_video(x, config, rng, view):
-    """One clip of 2 s from a random moment: (3, T, size, size)."""
-    start = rng.random() * max(0.0, x.count / x.fps - CLIP_SECONDS)
+    """One clip of 2 s: (3, T, size, size)."""
+    start = view.start(x.count / x.fps, CLIP_SECONDS)
     clip = x.frames(clip_frames(x, start, config.input_shape[1]))
-    return augment(clip, config, rng, view).transpose(0, 1)
+    return augment_frames(clip, config, view).transpose(0, 1)
 
 
-def augment(frames, config, rng, view):
+def augment_frames(frames, config, view):
     """(T, 3, H, W) uint8 -> (T, 3, size, size), all frames alike."""
-    view = view or View.centre(frames)
     x = view.crop(frames, config.input_shape[-1])  # in uint8, many times faster
-    x = colour_jitter(x.float() / 255, rng)
-    return random_erase(normalise(x, config), rng)
+    for name, strength in view.operations:
+        x = torch.stack([operate(name, frame.permute(1, 2, 0), strength) for frame in x])
+        x = x.permute(0, 3, 1, 2)
+    x = x.float() / 255
+    if view.jitter:
+        x = colour_jitter(x, *view.jitter)
+    return view.erase(normalise(x, config), 0.0)  # 0 is the mean colour
 
 
 def train_audio(x, config, rng, view):
-    """One log-mel clip (1, bins, frames) from a random moment, some of its bins masked."""
+    """One log-mel clip (1, bins, frames), some of its bins masked."""
     seconds = clip_seconds(config)
-    # Anywhere in the sound; a shorter one is taken whole.
-    start = rng.random() * max(0.0, x.shape[1] / SAMPLE_RATE - seconds)
-    clip = cut_clip(x, start, seconds)
+    # A sound shorter than a clip is taken whole.
+    clip = cut_clip(x, view.start(x.shape[1] / SAMPLE_RATE, seconds), seconds)
     clip = log_mel((clip - clip.mean())[:1], config)
     return mask_frequencies(clip, rng)
 
@@ -334,22 +367,28 @@ def mask_frequencies(clip, rng):
 
 
 def train_depth(x, config, rng, view):
-    return normalise_depth(train_map(x, config, rng, view))
+    return normalise_depth(augment_map(x, config, view))
 
 
 def train_map(x, config, rng, view):
-    x = torch.from_numpy(x)  # (H, W)
-    view = view or View.centre(x)
+    x = augment_map(x, config, view)
+    return torch.where(x.isnan(), x.nanmean(), x)
 
-    def resample(x):
+
+def augment_map(x, config, view):
+    """(H, W) -> (1, size, size), moved as the picture of its sample is; NaN where that shows nothing."""
+    def crop(x):
         return view.crop(x[None, None], config.input_shape[-1])[0, 0]
 
-    return random_erase(around_holes(x, resample)[None], rng)
+    x = around_holes(torch.from_numpy(x), crop)
+    for name, strength in view.operations:
+        if name in MOVES:
+            x = operate(name, x, strength)
+    return view.erase(x[None], torch.nan)
 
 
-def colour_jitter(x, rng, strength=0.3):
-    """Brightness, contrast and saturation of (T, 3, H, W) in 0..1, each by a factor of 1 +- strength."""
-    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3).tolist()
+def colour_jitter(x, brightness, contrast, saturation):
+    """(T, 3, H, W) in 0..1 by three factors. Unlike the authors' other recipes, hue stays."""
     x = x * brightness
     # Contrast: away from the mean of all pixels, or towards it.
     mean = x.mean()
@@ -359,20 +398,16 @@ def colour_jitter(x, rng, strength=0.3):
     return (grey + saturation * (x - grey)).clamp(0, 1)
 
 
-def random_erase(x, rng, probability=0.25, area=(0.02, 0.15)):
-    """With some probability, sets one rectangle of all of (T, C, H, W) to its mean."""
+def draw_rectangle(rng, probability=0.25, area=(0.02, 0.15)):
+    """With some probability, the place of a rectangle in a picture (random erasing, Zhong et al., 2017)."""
     if rng.random() >= probability:
-        return x
-    H, W = x.shape[-2:]
-    # A rectangle of that share of the picture, between 1 : 2.7 and 2.7 : 1, wholly inside.
+        return ()
+    # Of that share of the picture, between 1 : 2.7 and 2.7 : 1
     share = rng.uniform(*area)
     aspect = math.exp(rng.uniform(-1.0, 1.0))
-    h = min(H, max(1, round(H * math.sqrt(share * aspect))))
-    w = min(W, max(1, round(W * math.sqrt(share / aspect))))
-    top = int(rng.integers(0, H - h + 1))
-    left = int(rng.integers(0, W - w + 1))
-    x[..., top : top + h, left : left + w] = x.nanmean()
-    return x
+    height = math.sqrt(share * aspect)
+    width = math.sqrt(share / aspect)
+    return rng.uniform(0, 1 - height), rng.uniform(0, 1 - width), height, width
 
 
 # Text and IMU are not varied: training reads them as evaluation does.
@@ -401,11 +436,12 @@ class Samples(torch.utils.data.Dataset):
 
     Keys are an index (evaluation) or (number of the sample in the whole training, index): training's
     randomness depends on that number alone and not on the worker that happens to make the sample.
-    With a cache (runtime/cache.py) it chooses one of the anchor's cached views, for all pictures of a sample.
+    With a cache (runtime/cache.py) it chooses one of the anchor's cached views, for all of the sample.
     """
 
-    def __init__(self, source, configs, seed=0, cache=None):
-        self.source, self.configs, self.seed, self.cache = source, configs, seed, cache
+    def __init__(self, source, configs, seed=0, cache=None, augment="basic"):
+        self.source, self.configs, self.seed = source, configs, seed
+        self.cache, self.augment = cache, augment
 
     def __len__(self):
         return len(self.source)
@@ -415,12 +451,12 @@ class Samples(torch.utils.data.Dataset):
             return self.sample(key)
         number, index = key
         rng = np.random.default_rng([self.seed, number])
-        # One View for all pictures of the sample: a random one, or that of a cached embedding.
+        # One View for the whole sample: a random one, or that of a cached embedding.
         if self.cache is None:
-            return self.sample(index, rng, View.draw(rng, self.source.crop_scale))
+            return self.sample(index, rng, View.draw(rng, self.source.crop_scale, self.augment))
         cached = int(rng.integers(self.cache.views))
-        _, view = cached_view(self.source, index, cached)
-        return self.sample(index, rng, view, cached)
+        _, view = cached_view(self.source, index, cached, self.augment)
+        return self.sample(index, rng, view or View(moment=rng.random()), cached)
 
     def sample(self, index, rng=None, view=None, cached=None):
         """{modality: tensor, "index": index}, or Bad; `cached`: number of the anchor's view to look up."""
@@ -428,25 +464,35 @@ class Samples(torch.utils.data.Dataset):
         # An item that cannot be read is named and left out, never replaced by another.
         try:
             with errors_named(self.source.name(index)):
+                # All are read first, because the shortest recording decides where a clip may begin.
+                plain = {modality: self.source.read(index, modality) for modality in self.configs}
+                if view:
+                    view.seconds = min(map(seconds_of, plain.values()), default=math.inf)
                 for modality, config in self.configs.items():
-                    sample[modality] = self.tensor(index, modality, config, rng, view)
+                    sample[modality] = self.tensor(plain.pop(modality), modality, config, rng, view)
                 if cached is not None:
                     sample[self.cache.modality] = self.cache.look_up(index, cached)
         except DataError as error:
             return Bad(self.source.name(index), str(error))
         return sample
 
-    def tensor(self, index, modality, config, rng, view):
-        x = self.source.read(index, modality)
+    def tensor(self, x, modality, config, rng, view):
         return transform(modality, x, config, rng, view)
 
 
-def cached_view(source, index, number):
+def seconds_of(x):
+    """Length of a waveform or a video; anything else has none."""
+    if isinstance(x, torch.Tensor):
+        return x.shape[1] / SAMPLE_RATE
+    return x.count / x.fps if isinstance(x, Video) else math.inf
+
+
+def cached_view(source, index, number, augment="basic"):
     """Random numbers and View of a cached view of an item; number 0 is evaluation's, without either."""
     if number == 0:
         return None, None
     rng = np.random.default_rng([index, number])
-    return rng, View.draw(rng, source.crop_scale)
+    return rng, View.draw(rng, source.crop_scale, augment)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -463,32 +509,74 @@ def collate(samples):
     return batch, bad
 
 
-def batch_keys(source, batch_size, epochs, replicate=1.0, seed=0, start=0, rank=0, world=1):
-    """Keys of training batches for Samples: in each epoch every item `replicate` times, in random order.
+def count_rows(source, pair):
+    """How many rows have both modalities of a pair, and how many different items these rows are about."""
+    if source.streamed:
+        return len(source), len(source)
+    _, items = source.items(*pair)
+    items = items[items >= 0]
+    return len(items), len(np.unique(items))
 
-    A process takes every world-th item of each global batch; of a streamed source, as many of its own.
-    The first `start` batches are skipped, which is how a run resumes. Incomplete batches are left out.
+
+def batch_keys(source, batch_size, epochs, replicate=1.0, seed=0, start=0, rank=0, world=1, pair=()):
+    """Keys of training batches for Samples: in each epoch every row `replicate` times, in random order.
+
+    No item is twice in a global batch, where each copy would be a negative of the other; of a pair, the rows
+    that have both modalities are drawn. A process takes every world-th row of each global batch; of a
+    streamed source, as many of its own. The first `start` batches are skipped, which is how a run resumes.
     """
-    size = len(source)
-    per_epoch = int(size * replicate)
-    batches = per_epoch // batch_size
     if source.streamed:
         share = len(range(rank, batch_size, world))
-        indices = source.training_indices(seed, start * share, rank, world)
-        # The stream has an order of its own; only the samples' numbers are made here.
-        for batch in range(start, epochs * batches):
-            numbers = range(batch * batch_size + rank, (batch + 1) * batch_size, world)
-            yield list(zip(numbers, indices))
-        return
-    for epoch in range(epochs):
-        rng = np.random.default_rng([seed, epoch])
-        passes = [rng.permutation(size) for _ in range(math.ceil(replicate))]
-        order = np.concatenate(passes)[:per_epoch]
-        # An epoch that was trained before a resume costs its permutation, no more.
-        for batch in range(max(0, start - epoch * batches), batches):
-            own = range(batch * batch_size + rank, (batch + 1) * batch_size, world)
-            # Every draw of a run has its own number, and so its own augmentation.
-            yield [(epoch * per_epoch + i, int(order[i])) for i in own]
+        last = epochs * (int(len(source) * replicate) // batch_size)
+        batches = source.training_batches(pair, share, seed, start, rank, world)
+        batches = itertools.islice(batches, max(0, last - start))
+    else:
+        batches = row_batches(source, batch_size, epochs, replicate, seed, start, pair)
+        batches = (batch[rank::world] for batch in batches)
+    for number, batch in enumerate(batches, start):
+        # Every draw of a run has its own number, and so its own augmentation.
+        numbers = range(number * batch_size + rank, (number + 1) * batch_size, world)
+        yield list(zip(numbers, batch))
+
+
+def row_batches(source, batch_size, epochs, replicate, seed, start, pair):
+    """Global batches of rows, from batch `start` on; what does not fill a batch is left out of an epoch."""
+    indices, items = source.items(*pair)
+    rows = indices[items >= 0]
+    batches = int(len(rows) * replicate) // batch_size
+    # An epoch that was trained before a resume costs nothing.
+    for epoch in range(start // max(1, batches), epochs):
+        passes = random_passes(rows, np.random.default_rng([seed, epoch]))
+        first = max(0, start - epoch * batches)
+        yield from itertools.islice(batches_of_items(passes, items, batch_size), first, batches)
+
+
+def random_passes(rows, rng):
+    """All rows in random order, again and again."""
+    while True:
+        yield from rng.permutation(rows).tolist()
+
+
+def batches_of_items(rows, items, batch_size):
+    """Batches from a stream of rows; a row whose item is in the batch already waits for the next.
+
+    items: the item of each row. The stream has at least batch_size different ones.
+    """
+    waiting = {}  # item: its rows
+    while True:
+        batch = {}  # item: row
+        # Who waits comes first.
+        for item in list(waiting)[:batch_size]:
+            batch[item] = waiting[item].pop()
+            if not waiting[item]:
+                del waiting[item]
+        while len(batch) < batch_size:
+            row = next(rows)
+            if items[row] in batch:
+                waiting.setdefault(items[row], []).append(row)
+            else:
+                batch[items[row]] = row
+        yield list(batch.values())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ joined, the commands, the parser. The paper's tables are in benchmarks/paper.py.
     python evaluate.py zeroshot --modality audio --data esc50:/data/ESC-50 --templates prompts.txt
     python evaluate.py retrieval --query text --gallery audio --data pairs.csv --checkpoint runs/image-audio
     python evaluate.py fewshot --modality audio --shots 1 2 4 8
-    python evaluate.py arithmetic                      # picture + sound finds the scene that shows both
     python evaluate.py arithmetic --add image=fruit.jpg audio=birds.wav --data pictures.csv
     python evaluate.py compare --checkpoint imagebind_huge --image dog.jpg --audio dog.wav --text "A dog."
 """
@@ -20,6 +19,7 @@ import argparse
 import itertools
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,27 +28,24 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+from clip_weights import clip_prompts
 from loss import row_slices
 from model import MODALITIES, encoder_of
 from runtime import cli
 from runtime.cli import UsageError
-from runtime.results import left_out, show, warn_of_unreadable
+from runtime.results import left_out, show, trained_pairs, warn_of_equal_names, warn_of_unreadable
 from sources import DATASETS, open_data
-from sources.toy import ToyWorld
 
 # How many scores of queries and gallery are in memory: 64 MB in float32
 SCORES_AT_ONCE = 2**24
 
-# Prompts for each modality; {} is the class
+# Prompts for each modality where CLIP's cannot be had; {} is the class
 TEMPLATES = {
-    "image": ["a photo of a {}.", "a picture of the {}.", "a close-up of a {}.",
-              "a blurry photo of a {}.", "this is a {}."],
+    "image": ["a photo of a {}.", "a picture of the {}.", "a close-up of a {}.", "this is a {}."],
     "video": ["a video of {}.", "a clip of a person {}.", "someone is {}.", "a person doing {}.", "{}."],
     "audio": ["the sound of {}.", "a recording of {}.", "you can hear {}.", "{} in the background.", "{}."],
-    "depth": ["a depth map of a {}.", "a photo of a {}.", "the shape of a {}.",
-              "a picture of the {} of a building.", "{}."],
-    "thermal": ["a thermal picture of a {}.", "an infrared photo of a {}.",
-                "a photo of a {} at night.", "a {} in the street."],
+    "depth": ["a depth map of a {}.", "a photo of a {}.", "the shape of a {}.", "{}."],
+    "thermal": ["a thermal picture of a {}.", "an infrared photo of a {}.", "a {} in the street."],
     "imu": ["a person doing {}.", "someone is moving: {}.", "a video from a head camera of {}.", "{}."],
 }
 
@@ -57,11 +54,13 @@ TEMPLATES = {
 # Metrics, on embeddings (N, E) and labels (N,)
 
 
-def ranks(queries, gallery, query_labels, gallery_labels):
-    """The rank (Q,), from 1, of the best gallery item (G, E) with the label of each query (Q, E).
+def ranks(queries, gallery, matches):
+    """The rank (Q,), from 1, of the best gallery item (G, E) that is right for each query (Q, E).
 
-    Equal scores are ranked in a fixed random order: a model that gives everything one embedding scores
-    chance. Scores that are not numbers rank before all. A query without any item of its label has rank G + 1.
+    matches: a function of a slice of the queries, which says what is right for each of them: (q, G) bool, as
+    equal_labels and shared_rows make it. Equal scores are ranked in a fixed random order: a model that gives
+    everything one embedding scores chance. Scores that are not numbers rank before all. A query for which
+    nothing is right has rank G + 1.
     """
     # Preallocated: small tensors kept between large ones fragment the heap.
     rank = torch.empty(len(queries), dtype=torch.long)
@@ -69,9 +68,8 @@ def ranks(queries, gallery, query_labels, gallery_labels):
     order = torch.randperm(G, generator=torch.Generator().manual_seed(0)).int()  # (G,)
     for part in row_slices(len(queries), len(gallery), SCORES_AT_ONCE):
         scores = queries[part] @ gallery.T  # (q, G)
-        match = query_labels[part, None] == gallery_labels
         # All matches as a list of places (row, column) in the scores
-        query, item = match.nonzero(as_tuple=True)
+        query, item = matches(part).nonzero(as_tuple=True)
         # scatter_reduce sends the score of each match to its query's place in `best`, which keeps the
         # largest and stays -inf without any. The matches then leave the matrix, so that whatever is not
         # below the best ranks before it.
@@ -89,19 +87,25 @@ def ranks(queries, gallery, query_labels, gallery_labels):
     return rank
 
 
+def equal_labels(query_labels, gallery_labels):
+    """For ranks: right is what has the query's label, of labels (Q,) and (G,)."""
+    return lambda part: query_labels[part, None] == gallery_labels
+
+
 def recall_at_k(queries, gallery, query_labels, gallery_labels, k=1):
     """Share of queries (Q, E) with an item of their own label among the k nearest in the gallery (G, E)."""
-    return (ranks(queries, gallery, query_labels, gallery_labels) <= k).float().mean().item()
+    return (ranks(queries, gallery, equal_labels(query_labels, gallery_labels)) <= k).float().mean().item()
 
 
-def search(queries, query_labels, gallery, gallery_labels):
+def search(queries, gallery, matches):
     """Recall and median rank of the queries with a match in the gallery. UsageError if none has one."""
+    rank = ranks(queries, gallery, matches)
     # A query whose match could not be read says nothing about the model.
-    there = torch.isin(query_labels, gallery_labels)
-    if not there.any():
+    without_match = int((rank > len(gallery)).sum())
+    rank = rank[rank <= len(gallery)]
+    if not len(rank):
         raise UsageError("no query has a match that could be read")
-    rank = ranks(queries[there], gallery, query_labels[there], gallery_labels)
-    figures = {"queries": len(rank), "without_match": int((~there).sum()), "items": len(gallery)}
+    figures = {"queries": len(rank), "without_match": without_match, "items": len(gallery)}
     for k in (1, 5, 10):
         figures[f"R@{k}"] = (rank <= k).double().mean().item()
     return figures | {"median_rank": rank.double().quantile(0.5).item()}
@@ -140,25 +144,12 @@ def mean_average_precision(z, truth, classes):
 
 
 def nearest_to_sum(parts, gallery, k=1):
-    """Cosines and indices (Q, k) of the k gallery items (or all) nearest to the sum of parts [(Q, E), ...].
-
-    An item of the gallery has one embedding (G, E) or several (G, K, E). Of several, each part takes the
-    nearest, and the parts' similarities are added up; with one that is the same as adding the parts up.
-    """
-    # From here on every item has K embeddings, K = 1 included.
-    if gallery.ndim == 2:
-        gallery = gallery.unsqueeze(1)  # (G, 1, E)
-    G, K = gallery.shape[:2]
-    # What turns a scalar product with the sum into a cosine
-    norm = sum(parts).norm(dim=1, keepdim=True)
+    """Cosines and indices (Q, k) of the k gallery items (G, E), or all, nearest to sums of (Q, E) each."""
+    z = F.normalize(sum(parts), dim=-1)
     cosines, indices = [], []
-    for part in row_slices(len(norm), G * K, SCORES_AT_ONCE):
-        scores = 0
-        for z in parts:
-            similarity = z[part] @ gallery.flatten(0, 1).T  # (q, G * K)
-            scores = scores + similarity.unflatten(1, (G, K)).amax(dim=2)
-        top = scores.topk(min(k, G))
-        cosines.append(top.values / norm[part])
+    for part in row_slices(len(z), len(gallery), SCORES_AT_ONCE):
+        top = (z[part] @ gallery.T).topk(min(k, len(gallery)))
+        cosines.append(top.values)
         indices.append(top.indices)
     return torch.cat(cosines), torch.cat(indices)
 
@@ -189,7 +180,8 @@ def linear_probe(x, y, classes, l2=1e-3):
 
 
 class Embedded(NamedTuple):
-    """Items of one modality on the CPU: embeddings (N, E), index and label (N,) of each; and the Bad ones."""
+    """Items of one modality on the CPU: embeddings (N, E); of each item its first sample's index and class
+    (N,), -1 without one; and the Bad ones."""
 
     z: torch.Tensor
     indices: torch.Tensor
@@ -206,10 +198,9 @@ def embed_items(model, source, modality, batch_size=64, workers=0, limit=None):
 def embed_samples(embed, samples, modality, batch_size, workers, limit=None):
     """Embedded of samples, from embed(modality, batch). Raises DataError if no sample can be read."""
     source = samples.source
-    order = list(itertools.islice(source.indices(), limit))
-    # Rows of one item differ in their text alone: anything else is embedded once.
-    if modality != "text":
-        order = [i for i in order if source.first_row_of_item(i) == i]
+    # An item is embedded once, by its first row.
+    indices, items = (numbers[:limit] for numbers in source.items(modality))
+    order = indices[indices == items].tolist()
     loader = torch.utils.data.DataLoader(samples, batch_size, sampler=order, num_workers=workers,
                                          collate_fn=data.collate)
     z, indices, bad = [], [], []
@@ -221,49 +212,51 @@ def embed_samples(embed, samples, modality, batch_size, workers, limit=None):
             indices.append(batch["index"])
     # Without anything at all there is no figure to give; a few bad items are counted instead.
     if not z:
-        raise data.DataError(f"no {modality} could be read, the first: {bad[0].reason}")
+        reason = f"the first: {bad[0].reason}" if bad else "all are absent"
+        raise data.DataError(f"no {modality} could be read, {reason}")
     indices = torch.cat(indices)
-    return Embedded(torch.cat(z), indices, item_labels(source, indices), bad)
+    labels = [source.label(i) if source.classes else -1 for i in indices.tolist()]
+    return Embedded(torch.cat(z), indices, torch.tensor(labels), bad)
 
 
-def item_labels(source, indices):
-    """Labels (N,) by which rows match: the class where the source has classes, else the item.
+def right_matches(source, match, a, q, b, g):
+    """For ranks: which of the Embedded g, of modality b, are right for the Embedded q, of modality a.
 
-    A row without a class has -1 - index, which matches itself alone.
+    match: "item", those that stand in one row with the query; "class", those that share any class with it.
     """
-    if not source.classes:
-        return torch.tensor(list(map(source.first_row_of_item, indices.tolist())))
-    labels = torch.tensor(list(map(source.label, indices.tolist())))
-    return torch.where(labels < 0, -1 - indices, labels)
+    # Who shares a class: a product of which has which.
+    if match == "class":
+        of_q, of_g = truth(source, q).float(), truth(source, g).float()
+        return lambda part: of_q[part] @ of_g.T > 0
+    # Where each row's two items stand in q and g
+    of_a, of_b = (source.items(m)[1] for m in (a, b))
+    place_in_q = {index: place for place, index in enumerate(q.indices.tolist())}
+    place_in_g = {index: place for place, index in enumerate(g.indices.tolist())}
+    rows = zip(of_a.tolist(), of_b.tolist())
+    places = [(place_in_q[i], place_in_g[j]) for i, j in rows if i in place_in_q and j in place_in_g]
+    query, item = torch.tensor(places, dtype=torch.long).reshape(-1, 2).T
+
+    def matches(part):
+        found = torch.zeros(len(q.z[part]), len(g.z), dtype=torch.bool)
+        inside = (query >= part.start) & (query < part.stop)
+        found[query[inside] - part.start, item[inside]] = True
+        return found
+
+    return matches
+
+
+def truth(source, items):
+    """Which of Embedded items has which class: (N, C) bool."""
+    which = torch.zeros(len(items.z), len(source.classes), dtype=torch.bool)
+    for row, index in enumerate(items.indices.tolist()):
+        which[row, source.labels(index)] = True
+    return which
 
 
 def with_class(items):
     """Those of Embedded items that have a class."""
     known = items.labels >= 0
     return Embedded(items.z[known], items.indices[known], items.labels[known], items.bad)
-
-
-# Squares with 55 % of a picture's sides: in the middle, at the left, right, top and bottom
-PLACES = ((0.5, 0.5), (0, 0.5), (1, 0.5), (0.5, 0), (0.5, 1))
-PARTS = [data.View(0.55, 0.55, x, y, flip=False) for x, y in PLACES]
-
-
-class PictureParts(data.Samples):
-    """Evaluation tensors (K, 3, H, W) of the K PARTS of each picture."""
-
-    def tensor(self, index, modality, config, rng, view):
-        x = self.source.read(index, modality)
-        boxes = [part.box(*x.shape[:2]) for part in PARTS]
-        return torch.stack([data.transform(modality, x[box], config) for box in boxes])
-
-
-def embed_picture_parts(model, source, batch_size=64, workers=0):
-    """Embedded of a source's pictures, an embedding for each of their PARTS: z is (N, K, E)."""
-    def embed(modality, x):  # (B, K, 3, H, W) -> (B, K, E)
-        return model.embed(modality, x.flatten(0, 1)).unflatten(0, (len(x), -1))
-
-    samples = PictureParts(source, {"image": model.encoder("image").config})
-    return embed_samples(embed, samples, "image", batch_size, workers)
 
 
 def embed_texts(model, texts, batch_size=256):
@@ -288,8 +281,7 @@ def named_classes(model, source, modality, names=None, templates=None):
     A class may have several names, separated by |. Its best name counts, as for "others" in NYU-D (paper,
     appendix A).
     """
-    # The caller's prompts come first, then the source's own, then those for the modality.
-    templates = templates or source.templates or TEMPLATES[modality]
+    templates = templates or prompts_for(model, source, modality)
     all_names, owner = [], []
     for c, alternatives in enumerate(names or source.classes):
         for name in alternatives.split("|"):
@@ -298,18 +290,29 @@ def named_classes(model, source, modality, names=None, templates=None):
     return class_embeddings(model, all_names, templates), torch.tensor(owner)
 
 
+def prompts_for(model, source, modality):
+    """The source's own prompts, else CLIP's 80, as in the paper for every modality (B.3), else TEMPLATES.
+
+    CLIP's are for its vocabulary; they are downloaded once.
+    """
+    if source.templates:
+        return source.templates
+    of_clip = model.encoder("text").config.vocab > 514 and prompts_of_clip()
+    return of_clip[0] if of_clip else TEMPLATES[modality]
+
+
+@lru_cache(maxsize=None)
+def prompts_of_clip():
+    """clip_weights.clip_prompts(), or None and a line on stderr where they cannot be had."""
+    try:
+        return clip_prompts()
+    except ValueError as error:
+        print(f"prompts of our own instead of CLIP's: {error}", file=sys.stderr)
+        return None
+
+
 # ---------------------------------------------------------------------------------------------
 # What training joined, and scores between modalities
-
-
-def trained_pairs(model):
-    """The encoders that were trained together, as sets: {"image", "audio"}, and {"image"} for image-video."""
-    return [set(map(encoder_of, pair.split("-"))) for pair in model.pairs]
-
-
-def trained_together(model, a, b):
-    """Whether any pair of this model trained these two modalities' encoders together."""
-    return {encoder_of(a), encoder_of(b)} in trained_pairs(model)
 
 
 def joined_by_training(model, *modalities):
@@ -320,7 +323,7 @@ def joined_by_training(model, *modalities):
     first = {encoder_of(modalities[0])}
     reached = set()
     # As many passes as pairs: each reaches one encoder more at least, until all that can be reached are.
-    for pair in trained_pairs(model) * len(model.pairs):
+    for pair in trained_pairs(model.pairs) * len(model.pairs):
         if pair & (first | reached):
             reached |= pair
     return reached >= set(map(encoder_of, modalities))
@@ -351,15 +354,20 @@ def pairwise(model, source, embedded):
     no classes. Pairs that training did not join, directly or through others, are left out.
     """
     recall, named = {}, {}
+    match = "class" if source.classes else "item"
     for a, b in itertools.permutations(embedded, 2):
         if joined_by_training(model, a, b):
             q, g = embedded[a], embedded[b]
-            recall[f"{a}->{b}"] = recall_at_k(q.z, g.z, q.labels, g.labels)
+            rank = ranks(q.z, g.z, right_matches(source, match, a, q, b, g))
+            # A query whose match could not be read says nothing about the model.
+            rank = rank[rank <= len(g.z)]
+            recall[f"{a}->{b}"] = (rank == 1).float().mean().item()
     # Zero-shot is retrieval among the classes' prompts.
     if source.classes and "text" in model.encoders:
         for m, q in embedded.items():
             if m != "text" and joined_by_training(model, m, "text"):
                 classes, owner = named_classes(model, source, m)
+                q = with_class(q)
                 named[m] = recall_at_k(q.z, classes, q.labels, owner)
     return recall, named
 
@@ -422,15 +430,22 @@ def zeroshot(args, model, source):
     require_joined(model, None, args.modality, "text")
     C = len(source.classes)
     names = args.class_names or source.classes
+    if source.dataset == "imagenet" and C == 1000 and not args.class_names and prompts_of_clip():
+        names = prompts_of_clip()[1]  # in the same order, that of the sorted WordNet numbers
+    if source.dataset == "kinetics400" and C != 400 and not args.partial:
+        raise UsageError(f"this list has {C} classes, Kinetics-400 has 400; --partial measures it anyway")
     if not all("{}" in template for template in args.templates or ()):
         raise UsageError("--templates: each line holds {} where the class goes")
     if len(names) != C:
         raise UsageError(f"--class-names: {len(names)} names for {C} classes, which data.py NAME:ROOT lists")
     # Prompts name the classes, and are embedded once. Then each item is scored against all of them.
-    classes, owner = named_classes(model, source, args.modality, names, args.templates)
+    templates = args.templates or prompts_for(model, source, args.modality)
+    warn_of_equal_names(model, names)
+    classes, owner = named_classes(model, source, args.modality, names, templates)
     items = embed_items(model, source, args.modality, args.batch_size, args.workers)
     warn_of_unreadable(items.bad)
-    result = {"modality": args.modality, "items": len(items.z), **left_out(source, items.bad), "classes": C}
+    result = {"modality": args.modality, "items": len(items.z), "classes": C, "prompts": list(templates)}
+    result |= left_out(source, items.bad, [args.modality])
     score = score_many_labels if source.multi_label else score_one_label
     return result | score(source, items, classes, owner, least=0 if args.partial else 1)
 
@@ -442,7 +457,7 @@ def score_one_label(source, items, classes, owner, least):
     labelled = with_class(items)
     counts = torch.bincount(labelled.labels, minlength=C)
     require_items(counts, source.classes, least)
-    rank = ranks(labelled.z, classes, labelled.labels, owner)
+    rank = ranks(labelled.z, classes, equal_labels(labelled.labels, owner))
     right = (rank == 1).double()
     per_class = torch.bincount(labelled.labels, right, C) / counts
     result = {"items": len(right), "unlabelled": len(items.z) - len(right)}
@@ -463,15 +478,12 @@ def score_many_labels(source, items, classes, owner, least):
     C = len(source.classes)
     if len(owner) != C:
         raise UsageError("several names for a class, by |, are for data with one label per item")
-    # Which item has which class: (N, C)
-    truth = torch.zeros(len(items.z), C, dtype=torch.bool)
-    for row, index in enumerate(items.indices.tolist()):
-        truth[row, source.labels(index)] = True
-    counts = truth.sum(0)
+    which = truth(source, items)  # (N, C)
+    counts = which.sum(0)
     require_items(counts, source.classes, least)
     # Classes without items count in neither mean. A random order has the precision of its share of items.
-    precision = mean_average_precision(items.z, truth, classes).nanmean().item()
-    chance = truth.double().mean(0)[counts > 0].mean().item()
+    precision = mean_average_precision(items.z, which, classes).nanmean().item()
+    chance = which.double().mean(0)[counts > 0].mean().item()
     return {"classes_with_items": int((counts > 0).sum()), "mAP": precision, "chance": chance}
 
 
@@ -490,14 +502,37 @@ def folds(source, indices):
 
 def retrieval(args, model, source):
     """Searches the gallery's items for those of the query's modality, and the other way round."""
-    require_joined(model, source, args.query, args.gallery)
+    added = args.gallery.split("+")
+    require_joined(model, source, args.query, *added)
+    if args.match == "class" and not source.classes:
+        raise UsageError("--match class needs data with classes (a label column)")
     q = embed_items(model, source, args.query, args.batch_size, args.workers)
-    g = embed_items(model, source, args.gallery, args.batch_size, args.workers)
+    g = embed_sum(args, model, source, added)
     warn_of_unreadable(q.bad + g.bad)
-    result = {"query": args.query, "gallery": args.gallery, **left_out(source, q.bad + g.bad)}
-    result[f"{args.query}->{args.gallery}"] = search(q.z, q.labels, g.z, g.labels)
-    result[f"{args.gallery}->{args.query}"] = search(g.z, g.labels, q.z, q.labels)
+    result = {"query": args.query, "gallery": args.gallery, "match": args.match}
+    result |= left_out(source, q.bad + g.bad, [args.query, *added])
+    to_gallery = right_matches(source, args.match, args.query, q, added[0], g)
+    to_query = right_matches(source, args.match, added[0], g, args.query, q)
+    result[f"{args.query}->{args.gallery}"] = search(q.z, g.z, to_gallery)
+    result[f"{args.gallery}->{args.query}"] = search(g.z, q.z, to_query)
     return result
+
+
+def embed_sum(args, model, source, modalities):
+    """Embedded items: of several modalities those that have all, their embeddings added up by --weights."""
+    parts = [embed_items(model, source, m, args.batch_size, args.workers) for m in modalities]
+    if len(parts) == 1:
+        return parts[0]
+    if len(args.weights) != len(parts):
+        raise UsageError(f"--weights: {len(args.weights)} for the {len(parts)} modalities of {args.gallery}")
+    # An item is known by its first row, which is the same in all.
+    in_all = set.intersection(*(set(part.indices.tolist()) for part in parts))
+    total = 0
+    for part, weight in zip(parts, args.weights):
+        kept = [i in in_all for i in part.indices.tolist()]
+        total = total + weight * part.z[kept]
+    bad = sum((part.bad for part in parts), [])
+    return Embedded(F.normalize(total, dim=-1), part.indices[kept], part.labels[kept], bad)
 
 
 def matrix(args, model, source):
@@ -505,24 +540,8 @@ def matrix(args, model, source):
     modalities = shared_modalities(model, source)
     recall, zero, bad = measure_pairs(model, source, modalities, args.batch_size, args.workers)
     warn_of_unreadable(bad)
-    return {"retrieval_r1": recall, "zeroshot_top1": zero, "pairs": model.pairs, **left_out(source, bad)}
-
-
-def matrix_table(model, modalities, recall):
-    """R@1 between all pairs of modalities as text, a row for each that asks."""
-    lines = ["R@1 in %, row asks column; * trained together, everything else is emergent"]
-    lines.append(" " * 9 + "".join(f"{m:>9}" for m in modalities))
-    for a in modalities:
-        line = f"{a:9}"
-        for b in modalities:
-            # A figure ends with a mark or a space, so that the digits of a column line up.
-            cell = "-" if a == b else "unbound "
-            if f"{a}->{b}" in recall:
-                mark = "*" if trained_together(model, a, b) else " "
-                cell = f"{recall[f'{a}->{b}']:.1%}".replace("%", mark)
-            line += f"{cell:>9}"
-        lines.append(line)
-    return "\n".join(lines)
+    return {"modalities": modalities, "retrieval_r1": recall, "zeroshot_top1": zero, "pairs": model.pairs,
+            "match": "class" if source.classes else "item", **left_out(source, bad, modalities)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -542,7 +561,7 @@ def fewshot(args, model, source):
     warn_of_unreadable(items.bad)
     z, indices, labels, bad = with_class(items)
     fold, names = folds(source, indices)
-    result = {"modality": args.modality, "items": len(z), **left_out(source, bad)}
+    result = {"modality": args.modality, "items": len(z), **left_out(source, bad, [args.modality])}
     result |= {"unlabelled": len(items.z) - len(z), "classes": C, "chance": 1 / C, "draws": args.draws}
     result["shots"] = {}
     for k in args.shots:
@@ -579,10 +598,8 @@ def draw_shots(labels, classes, k, held_out, seed):
 
 def arithmetic(args, model, source):
     """Adds embeddings up and searches the gallery for the sum (paper, section 5)."""
-    if not args.add and args.data == "toy":
-        return toy_arithmetic(args, model)
     if not args.add:
-        raise UsageError("name what to --add, such as image=fruit.jpg audio=birds.wav")
+        raise UsageError("name what to --add: image=fruit.jpg audio=birds.wav (toy: examples/arithmetic.py)")
     require_joined(model, source, args.gallery)
     # Each part is a file or a text, MODALITY=ITEM.
     parts = []
@@ -592,10 +609,10 @@ def arithmetic(args, model, source):
             raise UsageError(f"--add takes one of {', '.join(MODALITIES)} before =, not {modality!r}")
         require_joined(model, None, modality, args.gallery)
         parts.append(embed_item(model, modality, item).cpu())
-    gallery = embed_gallery(args, model, source)
+    gallery = embed_items(model, source, args.gallery, args.batch_size, args.workers)
     warn_of_unreadable(gallery.bad)
     result = {"add": args.add, "gallery": args.gallery, "items": len(gallery.z)}
-    result |= {**left_out(source, gallery.bad), "found": []}
+    result |= {**left_out(source, gallery.bad, [args.gallery]), "found": []}
     cosines, nearest = nearest_to_sum(parts, gallery.z, args.top)  # (1, k) each
     for index, cosine in zip(gallery.indices[nearest[0]].tolist(), cosines[0].tolist()):
         result["found"].append({"item": source.caption(index, args.gallery), "similarity": cosine})
@@ -606,65 +623,6 @@ def embed_item(model, modality, item):
     """Embedding (1, E) of a text or a file."""
     x = data.load(modality, item, model.encoder(modality).config)
     return model.embed(modality, x[None])
-
-
-def embed_gallery(args, model, source):
-    """Embedded items of the modality that --gallery names; with --by-parts, the parts of its pictures."""
-    if not args.by_parts:
-        return embed_items(model, source, args.gallery, args.batch_size, args.workers)
-    if args.gallery != "image":
-        raise UsageError(f"--by-parts cuts pictures up: it needs --gallery image, not {args.gallery}")
-    return embed_picture_parts(model, source, args.batch_size, args.workers)
-
-
-def toy_arithmetic(args, model):
-    """One concept in the first modality + another in the second must find, first, a scene that shows both.
-
-    The queries show the concepts of each scene alone, in samples that are not in the gallery. "examples" are
-    the first --top queries: the two samples' indices, what was found, and whether it shows both.
-    """
-    scenes, single, queries = toy_arithmetic_worlds(args.scenes)
-    C = len(queries.classes)
-    require_joined(model, scenes, args.gallery, *args.parts)
-    # The two concepts of each scene (S, 2), left and right. The first modality asks for the left one, in
-    # every other scene for the right one.
-    shown = torch.tensor(list(map(scenes.concepts, scenes.indices())))
-    shown[1::2] = shown[1::2].flip(1)
-    # One number for two concepts in either order: of 64 concepts, 3 and 7 have 3 * 64 + 7, and so have
-    # 7 and 3. What shows 5 alone has the number of 5 and 5, which is no scene's.
-    both = shown.amin(1) * C + shown.amax(1)
-    # Sample i of the queries shows concept i % C alone. The first C scenes are asked for by the first C
-    # samples, and so on: scene 130, which shows 3 and 7, by samples 128 + 3 and 128 + 7.
-    asked = shown + C * (torch.arange(len(scenes)) // C)[:, None]
-    # What is searched: all scenes, then all single things.
-    in_scenes = embed_gallery(args, model, scenes)
-    alone = embed_gallery(args, model, single)
-    gallery = torch.cat([in_scenes.z, alone.z])
-    labels = torch.cat([both, alone.labels * C + alone.labels])
-    # Each modality embeds all queries once; a scene then takes the samples that ask for it: (S, E).
-    first = embed_items(model, queries, args.parts[0], args.batch_size, args.workers).z[asked[:, 0]]
-    second = embed_items(model, queries, args.parts[1], args.batch_size, args.workers).z[asked[:, 1]]
-    result = {"parts": args.parts, "gallery": args.gallery, "by_parts": args.by_parts}
-    result |= {"queries": len(scenes), "items": len(gallery), "bad": 0, "examples": []}
-    questions = {"first alone": [first], "second alone": [second], "sum": [first, second]}
-    for name, added in questions.items():
-        _, nearest = nearest_to_sum(added, gallery, args.top)  # (S, top)
-        right = labels[nearest] == both[:, None]
-        result[name] = right[:, 0].double().mean().item()
-    # What the sum found, which was asked last
-    for add, found, shows in zip(asked.tolist(), nearest[: args.top].tolist(), right.tolist()):
-        result["examples"].append({"add": add, "found": found, "right": shows})
-    return result
-
-
-def toy_arithmetic_worlds(size):
-    """Scenes with two concepts, as many with one (the gallery), and what to ask with: one concept each."""
-    scenes = ToyWorld("test", size, seed=1, crowded=1.0)
-    single = ToyWorld("test", size, seed=2)
-    # As many, rounded up so that every concept is shown as often
-    C = len(ToyWorld.classes)
-    queries = ToyWorld("test", size + -size % C, seed=3)
-    return scenes, single, queries
 
 
 # ---------------------------------------------------------------------------------------------
@@ -714,16 +672,16 @@ def parse_args():
     add["zeroshot"]("--class-names", type=cli.read_lines, help="a file of names, a line each; several by |")
     add["zeroshot"]("--partial", action="store_true", help="classes without items are passed over")
     add["retrieval"]("--query", choices=MODALITIES, required=True)
-    add["retrieval"]("--gallery", choices=MODALITIES, required=True)
+    add["retrieval"]("--gallery", type=cli.parse_sum, required=True, help="one, or a sum: video+audio")
+    add["retrieval"]("--weights", type=float, nargs="+", default=[0.95, 0.05],
+                     help="of what is added up (default: the paper's for video+audio)")
+    add["retrieval"]("--match", choices=("item", "class"), default="item", help="what is right for a query")
     add["fewshot"]("--modality", choices=MODALITIES, required=True)
     add["fewshot"]("--shots", type=cli.positive, nargs="+", default=[1, 2, 4, 8], help="items per class")
     add["fewshot"]("--draws", type=cli.positive, default=5)
     add["fewshot"]("--l2", type=float, default=1e-3, help="weight of the probe's regularisation")
     add["arithmetic"]("--add", nargs="+", metavar="MODALITY=ITEM", help="what to add up: files, or text")
     add["arithmetic"]("--gallery", choices=MODALITIES, default="image", help="what is searched")
-    add["arithmetic"]("--by-parts", action="store_true", help="search five squares of each picture")
-    add["arithmetic"]("--parts", choices=MODALITIES, nargs=2, default=["image", "audio"], help="of a sum")
-    add["arithmetic"]("--scenes", type=cli.positive, default=512, help="there, and as many single things")
     add["arithmetic"]("--top", type=cli.positive, default=5, help="how many found items to show")
     for m in MODALITIES:
         add["compare"](f"--{m}", nargs="+", metavar="TEXT" if m == "text" else "FILE")
@@ -731,16 +689,10 @@ def parse_args():
 
 
 def main():
-    # It was a command here, and scripts may still call it.
-    if sys.argv[1:2] == ["suite"]:
-        raise UsageError("suite is now python benchmarks/paper.py, with the same options")
     args = parse_args()
     model = cli.open_checkpoint(args)
     source = open_data(args.data, "test", allow_outside=args.allow_outside) if "data" in args else None
     result = COMMANDS[args.command](args, model, source)
-    if args.command == "matrix":
-        # Which pairs trained together, only the model knows.
-        print(matrix_table(model, shared_modalities(model, source), result["retrieval_r1"]))
     show(args.command, result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

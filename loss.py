@@ -12,7 +12,7 @@ The contract of a loss, for whoever writes another: it is an nn.Module that make
                   whole batch; gather() brings all processes' embeddings
 Its parameters are trained with the encoders, without weight decay unless they are matrices.
 
-    python loss.py            # losses of small batches in both forms, and the gradient by finite differences
+    python loss.py            # the loss of a small batch in both forms, its gradient by finite differences
 """
 
 import math
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_reduce
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's cap
 LOGITS_AT_ONCE = 2**22  # of the similarity matrix: 16 MB in float32
@@ -37,9 +38,12 @@ def info_nce(q, k, logit_scale):
 
 
 def make_loss(settings):
-    """The loss that a row of train.py's SETTINGS asks for; a temperature of None is learned."""
+    """The loss that a row of train.py's SETTINGS asks for.
+
+    A temperature of None is learned: from 0.07 on, or from the logit_scale that the pair has already.
+    """
     if settings["temperature"] is None:
-        return InfoNCE(0.07, learnable=True)
+        return InfoNCE(1 / (settings.get("logit_scale") or 1 / 0.07), learnable=True)
     return InfoNCE(settings["temperature"], learnable=False)
 
 
@@ -158,41 +162,20 @@ def gather(z):
     """
     if processes() == 1:
         return z, 0
-    sizes = [torch.zeros(1, dtype=torch.long, device=z.device) for _ in range(processes())]
-    dist.all_gather(sizes, torch.tensor([len(z)], device=z.device))
-    sizes = [int(size) for size in sizes]
-    return Gather.apply(z, sizes), sum(sizes[: rank()])
-
-
-class Gather(torch.autograd.Function):
-    """Forward: all processes' rows. Backward: the sum of all processes' gradients for this one's rows."""
-
-    @staticmethod
-    def forward(ctx, z, sizes):
-        ctx.sizes = sizes
-        padded = F.pad(z, (0, 0, 0, max(sizes) - len(z)))  # gathering takes equal sizes
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.split(ctx.sizes)[rank()], None
+    sizes = torch.zeros(processes(), dtype=torch.long, device=z.device)
+    sizes[rank()] = len(z)
+    dist.all_reduce(sizes)
+    start = int(sizes[: rank()].sum())
+    # Each process's rows among zeros add up to all rows; the gradient of a sum is summed over processes, too.
+    among_zeros = F.pad(z, (0, 0, start, int(sizes.sum()) - start - len(z)))
+    return all_reduce(among_zeros), start
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    q = F.normalize(torch.randn(8, 16, dtype=torch.double), dim=-1).requires_grad_()
-    k = F.normalize(torch.randn(8, 16, dtype=torch.double), dim=-1).requires_grad_()
-    one = q[:1].expand(8, -1)
+    q, k = F.normalize(torch.randn(2, 8, 16, dtype=torch.double), dim=-1).requires_grad_()
     criterion = InfoNCE().double()
-    for name, a, b in (("unrelated", q, k), ("equal", q, q), ("all in one place", one, one)):
-        loss, accuracy = criterion(a, b)
-        plain = info_nce(a, b, criterion.logit_scale)
-        print(f"8 pairs, {name}, at temperature 0.07: loss {loss.item():.4f} "
-              f"(plain form: {plain.item():.4f}), in-batch accuracy {accuracy.item():.0%}")
-    print(f"2 ln 8 = {2 * math.log(8):.4f} is the loss of a model that cannot tell them apart")
+    print(f"8 unrelated pairs: loss {criterion(q, k)[0].item():.4f} in blocks, "
+          f"{info_nce(q, k, criterion.logit_scale).item():.4f} in the plain form")
     equal = torch.autograd.gradcheck(lambda q, k: criterion(q, k)[0], (q, k))
     print("gradient equals finite differences:", equal)

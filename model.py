@@ -66,9 +66,17 @@ class EncoderConfig:
         return 1 + patches
 
 
-# "huge" is the released model (paper, appendix A); "base" is CLIP ViT-B/16 with the paper's smaller
-# towers; "tiny" is for the toy world. Embedding widths first, then one row per encoder.
+# "huge" is the released model (paper, appendix A); "base" is CLIP ViT-B/16 with its smaller towers; "tiny"
+# is for the toy world. Embedding widths first, then one row per encoder.
 EMBED_DIM = {"tiny": 64, "base": 512, "huge": 1024}
+HUGE = {
+    "image": dict(width=1280, depth=32, heads=16, input_shape=(3, 2, 224, 224), patch=(2, 14, 14)),
+    "text": dict(width=1024, depth=24, heads=16, input_shape=(77,), vocab=49408),
+    "audio": dict(width=768, depth=12, heads=12, input_shape=(1, 128, 204), patch=(16, 16), stride=(10, 10)),
+    "depth": dict(width=384, depth=12, heads=8, input_shape=(1, 224, 224), patch=(16, 16)),
+    "thermal": dict(width=768, depth=12, heads=12, input_shape=(1, 224, 224), patch=(16, 16)),
+    "imu": dict(width=512, depth=6, heads=8, input_shape=(6, 2000), patch=(8,), dropout=0.5),
+}
 PRESETS = {
     "tiny": {
         "image": dict(width=96, depth=4, heads=4, input_shape=(3, 2, 32, 32), patch=(2, 8, 8)),
@@ -79,26 +87,13 @@ PRESETS = {
         "thermal": dict(width=96, depth=3, heads=4, input_shape=(1, 32, 32), patch=(8, 8)),
         "imu": dict(width=96, depth=3, heads=4, input_shape=(6, 200), patch=(8,)),
     },
-    "base": {
+    "base": HUGE | {
         "image": dict(width=768, depth=12, heads=12, input_shape=(3, 2, 224, 224), patch=(2, 16, 16),
                       activation="quick_gelu", eps=1e-5),
         "text": dict(width=512, depth=12, heads=8, input_shape=(77,), vocab=49408,
                      activation="quick_gelu", eps=1e-5),
-        "audio": dict(width=768, depth=12, heads=12, input_shape=(1, 128, 204), patch=(16, 16),
-                      stride=(10, 10)),
-        "depth": dict(width=384, depth=12, heads=8, input_shape=(1, 224, 224), patch=(16, 16)),
-        "thermal": dict(width=768, depth=12, heads=12, input_shape=(1, 224, 224), patch=(16, 16)),
-        "imu": dict(width=512, depth=6, heads=8, input_shape=(6, 2000), patch=(8,), dropout=0.5),
     },
-    "huge": {
-        "image": dict(width=1280, depth=32, heads=16, input_shape=(3, 2, 224, 224), patch=(2, 14, 14)),
-        "text": dict(width=1024, depth=24, heads=16, input_shape=(77,), vocab=49408),
-        "audio": dict(width=768, depth=12, heads=12, input_shape=(1, 128, 204), patch=(16, 16),
-                      stride=(10, 10)),
-        "depth": dict(width=384, depth=12, heads=8, input_shape=(1, 224, 224), patch=(16, 16)),
-        "thermal": dict(width=768, depth=12, heads=12, input_shape=(1, 224, 224), patch=(16, 16)),
-        "imu": dict(width=512, depth=6, heads=8, input_shape=(6, 2000), patch=(8,), dropout=0.5),
-    },
+    "huge": HUGE,
 }
 
 

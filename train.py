@@ -23,16 +23,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 import evaluate
+from files.checkpoints import weights_digest
 from loss import MAX_LOGIT_SCALE, make_loss, processes, rank
 from model import MODALITIES, PRESETS, ImageBind, encoder_of, preset
 from runtime import cli
 from runtime.cache import cache_anchor, without_anchor
 from runtime.cli import RunError, UsageError
+from runtime.results import left_out, show_summary
 from runtime.run import STOP, Run, load_batches, new_folder, options_of_run, wait_for_all
 from sources import open_data
 
@@ -43,29 +46,29 @@ from sources import open_data
 #   replicate                     how often an epoch shows each item: small data sets make long epochs
 #   drop_path                     stochastic depth of the last block
 #   temperature                   fixed, or None: learned
+#   augment                       of picture and map: one of data.AUGMENTATIONS
 #   toy_samples                   pairs of the toy world: more for what learns slower, minutes on a CPU
 SETTINGS = {
     # AudioSet
     "audio": dict(lr=1.6e-3, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=2, epochs=64,
-                  replicate=1.25, drop_path=0.1, temperature=0.05, toy_samples=10_000),
+                  replicate=1.25, drop_path=0.1, temperature=0.05, augment="basic", toy_samples=10_000),
     # SUN RGB-D
     "depth": dict(lr=1.6e-3, weight_decay=0.2, batch_size=512, clip_grad=1.0, warmup=2, epochs=64,
-                  replicate=50, drop_path=0.0, temperature=0.2, toy_samples=48_000),
+                  replicate=50, drop_path=0.0, temperature=0.2, augment="strong", toy_samples=48_000),
     # LLVIP
     "thermal": dict(lr=5e-4, weight_decay=0.05, batch_size=512, clip_grad=5.0, warmup=2, epochs=64,
-                    replicate=25, drop_path=0.0, temperature=0.1, toy_samples=48_000),
+                    replicate=25, drop_path=0.0, temperature=0.1, augment="strong", toy_samples=48_000),
     # Ego4D
     "imu": dict(lr=5e-4, weight_decay=0.5, batch_size=512, clip_grad=1.0, warmup=2, epochs=8, replicate=1,
-                drop_path=0.7, temperature=0.2, toy_samples=20_000),
+                drop_path=0.7, temperature=0.2, augment="none", toy_samples=20_000),
     # CLIP's own pairs
     "text": dict(lr=5e-4, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=1, epochs=32, replicate=1,
-                 drop_path=0.0, temperature=None, toy_samples=32_000),
-    "image": dict(lr=5e-4, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=1, epochs=32, replicate=1,
-                  drop_path=0.0, temperature=None, toy_samples=32_000),
+                 drop_path=0.0, temperature=None, augment="basic", toy_samples=32_000),
 }
+SETTINGS["image"] = SETTINGS["text"]
 # One row for every pair of the toy world, whose size is in toy_samples
 TOY_SETTINGS = dict(lr=2e-3, weight_decay=0.05, batch_size=64, clip_grad=1.0, warmup=0.1, epochs=1,
-                    replicate=1, drop_path=0.0, temperature=None)
+                    replicate=1, drop_path=0.0, temperature=None, augment="basic")
 TOY_ANCHOR = Path("runs/toy-anchor")
 
 
@@ -129,8 +132,11 @@ def free_learners(model, learners):
     return encoders
 
 
-def settings_for(args, leader, size):
-    """The leader's row of SETTINGS under the command line's options, and what the data's size makes of it."""
+def settings_for(args, leader, rows, items=None):
+    """The leader's row of SETTINGS under the command line's options, and what the data's size makes of it.
+
+    rows, items: of the pair (data.count_rows).
+    """
     row = TOY_SETTINGS if args.data == "toy" else SETTINGS[encoder_of(leader)]
     settings = dict(row)
     for name in TOY_SETTINGS:
@@ -138,11 +144,11 @@ def settings_for(args, leader, size):
             settings[name] = getattr(args, name)
     if settings["temperature"] == "learned":
         settings["temperature"] = None
-    # A batch is no larger than an epoch, and gives every process a part.
-    per_epoch = int(size * settings["replicate"])
-    batch_size = min(settings["batch_size"], per_epoch)
+    # A batch is no larger than an epoch, holds no item twice, and gives every process a part.
+    per_epoch = int(rows * settings["replicate"])
+    batch_size = min(settings["batch_size"], per_epoch, items or rows)
     if per_epoch < 1:
-        raise UsageError(f"--replicate {settings['replicate']:g}: of {size} items that leaves none an epoch")
+        raise UsageError(f"--replicate {settings['replicate']:g}: of {rows} items that leaves none an epoch")
     if batch_size < processes():
         raise UsageError(f"a batch of {batch_size} pairs leaves nothing to some of {processes()} processes: "
                          "start fewer, or take a larger --batch-size, or more data")
@@ -233,13 +239,9 @@ def sum_gradients(parameters):
     if processes() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = parameters_to_vector(gradients)
     dist.all_reduce(flat)
-    start = 0
-    for gradient in gradients:
-        end = start + gradient.numel()
-        gradient.copy_(flat[start:end].view_as(gradient))
-        start = end
+    vector_to_parameters(flat, gradients)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -247,16 +249,17 @@ def sum_gradients(parameters):
 
 
 def train_pair(args, run, model, pair, has_weights, device, amp, saved=None):
-    """Binds one pair. has_weights: the encoders trained so far, to which it adds this pair's.
-
-    saved: what a checkpoint of this pair held, to resume from.
-    """
+    """Binds one pair. has_weights: the encoders trained so far, to which it adds this pair's; saved: what a
+    checkpoint of this pair held, to resume from."""
     # Who learns from what, by which settings.
     name = "-".join(pair)
     role = roles(pair, has_weights, args.learn)
     source = open_pair(args, pair, role.leader)
-    settings = settings_for(args, role.leader, len(source))
+    rows, items = data.count_rows(source, pair)
+    settings = settings_for(args, role.leader, rows, items)
     run.say(describe_roles(pair, role, has_weights))
+    if rows < len(source):
+        run.say(f"{name}: {rows} of {len(source)} rows have both, {len(source) - rows} are absent")
     # What a step changes, as it begins or as it was saved.
     parts = prepare(args, model, pair, role, settings, device, amp)
     criterion, optimizer, _ = parts.values()
@@ -308,6 +311,8 @@ def train_pair(args, run, model, pair, has_weights, device, amp, saved=None):
 
 def prepare(args, model, pair, role, settings, device, amp):
     """Sets the pair's encoders up for training; returns what trains them: criterion, optimizer, scaler."""
+    # A learned temperature goes on from the model's own.
+    settings["logit_scale"] = model.logit_scale(*pair)
     model.pairs.pop("-".join(reversed(pair)), None)  # one scale for two modalities: the later training's
     encoders = free_learners(model, role.learners)
     for encoder in encoders:
@@ -331,13 +336,13 @@ def training_batches(args, run, model, pair, frozen, source, settings, start, am
     if args.cache_anchor and frozen is None:
         run.say("--cache-anchor: both encoders learn, so nothing is cached")
     elif args.cache_anchor:
-        cache = cache_anchor(args, run, model, frozen, source, amp)
+        cache = cache_anchor(args, run, model, frozen, source, settings["augment"], amp)
         learning = without_anchor(model, frozen)
         del configs[frozen]
     epochs = settings["steps"] // settings["steps_per_epoch"] + 1  # --steps may end within an epoch
     keys = data.batch_keys(source, settings["batch_size"], epochs, settings["replicate"], args.seed,
-                           start, rank(), processes())
-    samples = data.Samples(source, configs, args.seed, cache)
+                           start, rank(), processes(), pair)
+    samples = data.Samples(source, configs, args.seed, cache, settings["augment"])
     return learning, load_batches(samples, keys, args.workers, device)
 
 
@@ -388,8 +393,10 @@ def evaluate_run(args, run, model, pairs, step=None):
                                                    limit=limit)
     names = ["-".join(pair) for pair in pairs]
     chance = 1 / len(source.classes) if source.classes else None
+    without = left_out(source, bad, modalities)
     figures = {"pair": ",".join(names), "zeroshot_top1": zeroshot, "retrieval_r1": recall, "chance": chance,
-               "held_out": held_out, "bad": len(bad), "absent": source.absent}
+               "held_out": held_out, "match": "class" if source.classes else "item",
+               "bad": without["bad"], "absent": without["absent"]}
     if step is not None:
         run.log(event="eval", step=step, **figures, seconds=time.monotonic() - start)
     return modalities, figures
@@ -404,22 +411,6 @@ def evaluation_data(args):
     except data.DataError:  # a data set without this split on the disk
         return open_data(args.data, allow_outside=args.allow_outside), False
     return source.held_out(), source.has_splits
-
-
-def print_summary(run, model, modalities, figures, seconds):
-    where = "held-out items" if figures["held_out"] else "training items (no --eval-data)"
-    if figures["zeroshot_top1"]:
-        print(f"\nzero-shot by text prompts, {where}, chance {figures['chance']:.1%}:")
-    for m, accuracy in figures["zeroshot_top1"].items():
-        trained = evaluate.trained_together(model, m, "text")
-        print(f"  {m:8} {accuracy:6.1%}   "
-              + ("trained with text" if trained else "never trained with text: emergent"))
-    print(f"\nretrieval on {where}:")
-    print(evaluate.matrix_table(model, modalities, figures["retrieval_r1"]))
-    if figures["bad"] or figures["absent"]:
-        print(f"\nleft out of these figures: {figures['bad']} items that cannot be read, "
-              f"{figures['absent']} that are absent")
-    print(f"\n{run.folder}: model.pt, log.jsonl; {seconds:.0f} s")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -454,10 +445,10 @@ def initial_model(args, pairs, run):
     trained = {}
     for other in given:
         trained.update(other.encoders.items())
-    # New encoders have the preset's width, or that of the CLIP that they bind to.
+    # New encoders have the width of those that they bind to, or the preset's.
     new = [m for m in needed if m not in trained]
     width = preset(kind, needed[0]).embed_dim
-    if args.clip:
+    if trained:
         width = next(iter(trained.values())).config.embed_dim
     require_one_width(args, trained, new, width)
     torch.manual_seed(args.seed)
@@ -491,9 +482,7 @@ def same_encoder(model, trained, modality):
     """Whether the trained encoders include this model's of a modality, or neither has one."""
     if modality not in trained or modality not in model.encoders:
         return modality not in trained
-    ours = model.encoder(modality).state_dict()
-    theirs = trained[modality].state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return weights_digest(model.encoder(modality)) == weights_digest(trained[modality])
 
 
 def toy_anchor(args, run):
@@ -520,11 +509,14 @@ def train(args, run):
     # Fail early, before the toy anchor is trained.
     for pair in pairs:
         source = open_pair(args, pair, pair[1])
-        settings_for(args, pair[1], len(source))
+        settings_for(args, pair[1], *data.count_rows(source, pair))
         roles(pair, MODALITIES, args.learn)  # as if all had weights: that is known later
     require_evaluation(args, pairs)
     # The model as it was saved, or as it begins.
     device = cli.choose_device()
+    if args.micro_batch and device.type == "mps":
+        # https://github.com/pytorch/pytorch/issues/127676: the second forward pass would drop other parts.
+        raise UsageError("--micro-batch: on Apple's GPU PyTorch does not keep the random state it needs")
     saved = run.load()
     if saved:
         run.require_data(source.fingerprint())
@@ -550,7 +542,8 @@ def train(args, run):
         modalities, figures = measured
         seconds = time.monotonic() - start
         run.log(event="eval", **figures, seconds=seconds)
-        print_summary(run, model, modalities, figures, seconds)
+        show_summary(modalities, figures, model.pairs)
+        print(f"\n{run.folder}: model.pt, log.jsonl; {seconds:.0f} s")
 
 
 def in_pairs(pairs):
@@ -607,6 +600,7 @@ def add_options(parser):
     add("--replicate", type=cli.positive_float)
     add("--drop-path", type=cli.share)
     add("--temperature", type=cli.parse_temperature, help="a fixed temperature, or 'learned'")
+    add("--augment", choices=data.AUGMENTATIONS, help="of pictures and maps")
     # Length, memory, speed.
     add("--steps", type=cli.positive, help="shorten the schedule and its warm-up, or lengthen it")
     add("--samples", type=cli.positive, help="size of the toy world, or of an epoch of shards")
@@ -622,9 +616,6 @@ def add_options(parser):
     add("--max-bad", type=cli.amount, default=0.01, help="largest share of items that cannot be read")
     add("--workers", type=cli.count, default=2, help="loader processes")
     add("--seed", type=cli.count, default=0)
-    # Words of earlier versions, answered by the new place.
-    add("--dry-run", action=cli.Moved, new="python benchmarks/plan.py, with the same options")
-    add("--train-both", action=cli.Moved, new="--learn, which names who learns, such as --learn image,audio")
 
 
 def main():

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import data  # noqa: E402
 import train  # noqa: E402
 from model import ImageBind, count_parameters, encoder_of, flops, preset  # noqa: E402
 from runtime import cli  # noqa: E402
@@ -54,7 +55,7 @@ def settings_to_plan(args, pair, leader, kind):
     """train.py's settings of a pair, for the data that it names, or the paper's."""
     if args.data != "toy" or kind == "tiny":
         source = train.open_pair(args, pair, leader)
-        return train.settings_for(args, leader, len(source))
+        return train.settings_for(args, leader, *data.count_rows(source, pair))
     print(f"assumes the paper's data for {'-'.join(pair)}: no --data is named")
     of_paper = argparse.Namespace(**vars(args) | {"data": "paper"})
     return train.settings_for(of_paper, leader, args.samples or PAPER_PAIRS[encoder_of(leader)])

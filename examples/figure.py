@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 from runtime.cli import Parser, load_model, run_main  # noqa: E402
+from runtime.results import trained_together  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
 
 WIDTH, HEIGHT = 1900, 1080  # twice what GitHub shows, for sharp screens
@@ -138,7 +139,7 @@ def draw_matrix(page, model, modalities, recall, left=1130, top=190):
             if a == b:
                 continue
             box, percent = (x + 4, y + 4, x + CELL - 5, y + CELL - 5), 100 * recall[f"{a}->{b}"]
-            if evaluate.trained_together(model, a, b):
+            if trained_together(model.pairs, a, b):
                 pen.rectangle(box, outline=TRAINED, width=5)
             else:
                 pen.rectangle(box, tuple(coloured((percent - PALEST) / (100 - PALEST), "recall")))

@@ -135,7 +135,8 @@ def nearest(x, pictures):
 def read_pictures(model, source, size, workers):
     """The source's pictures (N, 3, S, S) as float16, their embeddings (N, E), how many are unreadable."""
     samples = data.Samples(source, {"image": model.encoder("image").config})
-    order = [i for i in source.indices() if source.first_row_of_item(i) == i]
+    indices, items = source.items("image")
+    order = indices[indices == items].tolist()
     loader = torch.utils.data.DataLoader(samples, 64, sampler=order, num_workers=workers,
                                          collate_fn=data.collate)
     pictures, z = [], []

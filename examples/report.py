@@ -22,13 +22,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import arithmetic as sums_of_toy  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
 from files.decode import SAMPLE_RATE  # noqa: E402
 from model import MODALITIES, encoder_of  # noqa: E402
 from runtime import cli  # noqa: E402
+from runtime.results import trained_together  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.toy import CONCEPT_NAMES  # noqa: E402
 
@@ -152,7 +155,7 @@ def matrix_table(model, modalities, recall):
     for a in modalities:
         cells = [f'<th scope="row">{a}</th>']
         for b in modalities:
-            value, trained = recall.get(f"{a}->{b}"), evaluate.trained_together(model, a, b)
+            value, trained = recall.get(f"{a}->{b}"), trained_together(model.pairs, a, b)
             kind = "trained" if trained else "emergent deep" if value and value > 0.7 else "emergent"
             cells.append("<td></td>" if a == b else "<td>unbound</td>" if value is None else
                          f'<td class="{kind}" style="--v:{value:.3f}">{100 * value:.1f}</td>')
@@ -190,7 +193,7 @@ def emergence_lines(model, events, starts):
     for event in (e for e in events if e["event"] == "eval" and e.get("pair") in starts and "step" in e):
         recall, pair = event["retrieval_r1"], event["pair"].split("-")
         for a, b in itertools.combinations(dict.fromkeys(m for key in recall for m in key.split("->")), 2):
-            trained = evaluate.trained_together(model, a, b)
+            trained = trained_together(model.pairs, a, b)
             if f"{a}->{b}" in recall and (not trained or {a, b} == set(pair)):
                 key = f"{a} ↔ {b}" + ", trained" * trained, pair[-1] + " dashed" * trained
                 both_ways = (recall[f"{a}->{b}"] + recall[f"{b}->{a}"]) / 2
@@ -236,15 +239,18 @@ def draw_at_random(count):
 
 def gallery(model, source, embedded, a, b, recall, opened):
     """Some queries, and of each what it finds first."""
-    q, rows, ql, _ = embedded[a]
-    g, found, gl, _ = embedded[b]
+    q, rows, _, _ = embedded[a]
+    g, found, _, _ = embedded[b]
+    match = "class" if source.classes else "item"
+    matches = evaluate.right_matches(source, match, a, embedded[a], b, embedded[b])
     body = ""
     for i in draw_at_random(len(q))[:QUERIES]:
         nearest = (q[i] @ g.T).topk(min(FOUND, len(g))).indices.tolist()
-        hits = "".join(card(source, int(found[n]), b, bool(gl[n] == ql[i])) for n in nearest)
+        right = matches(slice(i, i + 1))[0].tolist()
+        hits = "".join(card(source, int(found[n]), b, right[n]) for n in nearest)
         query = card(source, int(rows[i]), a)
         body += f'<div class="row">{query}<span class="to">→</span><div class="hits">{hits}</div></div>'
-    kind = "trained together" if evaluate.trained_together(model, a, b) else "emergent"
+    kind = "trained together" if trained_together(model.pairs, a, b) else "emergent"
     return (f'<details{" open" * opened}><summary>{chip(a)} → {chip(b)} <small>{kind}, R@1 '
             f"{recall[f'{a}->{b}']:.1%}</small></summary>{body}</details>")
 
@@ -253,7 +259,7 @@ def galleries(model, source, embedded, recall):
     order = list(embedded)  # neighbours first, so that those shown open chain through all modalities
     bound = [(a, b) for a, b in itertools.permutations(order, 2) if f"{a}->{b}" in recall]
     pairs = sorted(bound, key=lambda pair: (
-        evaluate.trained_together(model, *pair), (order.index(pair[1]) - order.index(pair[0])) % len(order)))
+        trained_together(model.pairs, *pair), (order.index(pair[1]) - order.index(pair[0])) % len(order)))
     body = "".join(gallery(model, source, embedded, a, b, recall, n < 4) for n, (a, b) in enumerate(pairs))
     right = "of the same class" if source.classes else "the same item"
     note = f"Queries drawn at random, and the nearest of each. ✓ is {right}, ✗ is not."
@@ -277,7 +283,7 @@ def sums(source, embedded, parts):
 
 def toy_sums(result, size):
     """The same of the toy world, where it is known whether a scene shows both."""
-    scenes, single, queries = evaluate.toy_arithmetic_worlds(size)
+    scenes, single, queries = sums_of_toy.toy_arithmetic_worlds(size)
     for example in result["examples"][:QUERIES]:
         hits = []
         for n, right in zip(example["found"], example["right"]):
@@ -296,7 +302,7 @@ def arithmetic(model, source, embedded, args):
     if args.data == "toy":
         args = argparse.Namespace(**vars(args), parts=parts, gallery=parts[0], scenes=512, top=FOUND,
                                   by_parts=parts[0] == "image")
-        result = evaluate.toy_arithmetic(args, model)
+        result = sums_of_toy.toy_arithmetic(args, model)
         rows = toy_sums(result, args.scenes)
         names = {"sum": f"{parts[0]} + {parts[1]}", "first alone": f"{parts[0]} alone",
                  "second alone": f"{parts[1]} alone"}
@@ -318,11 +324,11 @@ def opening(name, model, source, embedded, recall):
     """The headline, the main figures, and one item in every modality."""
     emergent = {}
     for key, value in recall.items():
-        if not evaluate.trained_together(model, *key.split("->")):
+        if not trained_together(model.pairs, *key.split("->")):
             emergent[key] = value
     best = max(emergent or recall, key=recall.get)
     a, b = best.split("->")
-    chance = 1 / len(embedded[b].labels.unique())
+    chance = 1 / (len(source.classes) or len(embedded[b].z))
     met = "never met in training. Still, " if emergent else "were trained together: "
     text = (f"{chip(a)} and {chip(b)} {met}<strong>{recall[best]:.1%}</strong> of the {NOUNS[a]} find their "
             f"{NOUNS[b]} first, where chance is {chance:.1%}.")
@@ -369,7 +375,7 @@ def page(name, model, source, args, log):
              section("Every sense against every other", note, matrix_table(model, modalities, recall)
                      + f'<p class="legend">{legend}</p>')]
     if zeroshot:
-        rows = [(chip(m), share, m, "" if evaluate.trained_together(model, m, "text") else "emergent")
+        rows = [(chip(m), share, m, "" if trained_together(model.pairs, m, "text") else "emergent")
                 for m, share in zeroshot.items()]
         said = "Items whose class is the nearest of all classes' text prompts."
         parts.append(section("Named by text", said, bars(rows)))

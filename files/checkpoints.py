@@ -72,22 +72,22 @@ def require_stored(content):
 
 
 def tensors_in(content):
-    """(key, tensor) of every tensor in nested dicts, lists, tuples and sets.
+    """(dotted name, tensor) of every tensor in nested dicts, lists, tuples and sets.
 
     Each container is opened once, and without recursion: a hostile file may nest them a million deep,
     inside themselves, or with 2**50 ways to the same one.
     """
-    waiting = [{"it": content}]  # containers still to open
-    seen = set()
+    containers = (dict, list, tuple, set)
+    waiting = [("", content)] if isinstance(content, containers) else []
+    seen = {id(content)}
     while waiting:
-        parts = waiting.pop()
-        items = parts.items() if isinstance(parts, dict) else enumerate(parts)
-        for key, value in items:
+        prefix, parts = waiting.pop()
+        for key, value in parts.items() if isinstance(parts, dict) else enumerate(parts):
             if isinstance(value, torch.Tensor):
-                yield key, value
-            elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+                yield f"{prefix}{key}", value
+            elif isinstance(value, containers) and id(value) not in seen:
                 seen.add(id(value))
-                waiting.append(value)
+                waiting.append((f"{prefix}{key}."[:1000], value))  # what is that deep needs no name
 
 
 @contextmanager
@@ -192,8 +192,8 @@ def read_safetensors(path):
 def read_archive(archive, root):
     """Tensors by name of a TorchScript archive, a zip of pickled modules, storages and code.
 
-    torch.jit.load would run the code. Here modules become empty objects that only keep their
-    attributes, the names on a short list rebuild tensors, and any other name is refused.
+    torch.jit.load would run the code. Here modules become dicts of their attributes, the names on a
+    short list rebuild tensors, and any other name is refused.
     """
     # the code, which is never read, is compressed
     members = [m for m in archive.infolist() if not m.filename.startswith(f"{root}/code/")]
@@ -201,8 +201,11 @@ def read_archive(archive, root):
 
     # What the pickle may name is made anew for each file, because it may change what it is given.
 
-    class Module:
-        """What every module of the archive becomes."""
+    class Module(dict):
+        """What every module of the archive becomes: its attributes by name."""
+
+        def __setstate__(self, attributes):
+            self.update(attributes)
 
     def rebuild(storage, offset, size, stride, *_):
         return storage.as_strided(size, stride, offset)  # which checks the bounds
@@ -231,24 +234,8 @@ def read_archive(archive, root):
             return torch.frombuffer(content, dtype=dtype)
 
     pickled = io.BytesIO(archive.read(f"{root}/data.pkl"))
-    tensors = attributes(Reader(pickled).load())
+    tensors = dict(tensors_in(Reader(pickled).load()))
     require_stored(tensors)
-    return tensors
-
-
-def attributes(module):
-    """Tensors by dotted name in a tree of attributes. Each module is opened once, as in tensors_in."""
-    tensors = {}
-    waiting = [("", module)]
-    seen = {id(module)}
-    while waiting:
-        prefix, module = waiting.pop()
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                tensors[prefix + name] = value
-            elif hasattr(value, "__dict__") and id(value) not in seen:
-                seen.add(id(value))
-                waiting.append((f"{prefix}{name}.", value))
     return tensors
 
 

@@ -16,7 +16,7 @@ from files.decode import DataError
 from loss import processes, rank
 from model import ImageBind, encoder_of
 from runtime.cli import RunError
-from runtime.run import STOP, code_digest, import_closure, load_batches
+from runtime.run import STOP, TOY_CODE, code_digest, load_batches
 
 
 class Cache:
@@ -54,11 +54,11 @@ class CachedViews(Samples):
 
     def __getitem__(self, key):
         number, index = key
-        rng, view = cached_view(self.source, index, number)
+        rng, view = cached_view(self.source, index, number, self.augment)
         return self.sample(index, rng, view)
 
 
-def cache_anchor(args, run, model, anchor, source, amp):
+def cache_anchor(args, run, model, anchor, source, augment, amp):
     """The cache of --cache-anchor views of the frozen anchor, beside the run; makes what is missing.
 
     Its folder's name is a digest of everything that an embedding depends on: stale caches are never used, and
@@ -67,16 +67,16 @@ def cache_anchor(args, run, model, anchor, source, amp):
     encoder, views = model.encoder(anchor), args.cache_anchor
     name = [None]
     if run.main:
-        code = code_digest(*import_closure("data.py", "sources/__init__.py", "runtime/cache.py"))
+        code = code_digest(*TOY_CODE, "files/*.py", "sources/*.py", "runtime/cache.py")
         weights = weights_digest(encoder)
-        made_from = (source.fingerprint(anchor), weights, encoder.config, anchor, views, amp, code)
+        made_from = (source.fingerprint(anchor), weights, encoder.config, anchor, views, augment, amp, code)
         name = [hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]]
     if processes() > 1:
         dist.broadcast_object_list(name)
     cache = Cache(run.folder.parent / "cache" / name[0], source, anchor, views)
     missing = [part for part in range(rank(), source.parts(), processes()) if not cache.path(part).exists()]
     keys = (batch for part in missing for batch in cache.keys(part))
-    samples = CachedViews(source, {anchor: encoder.config})
+    samples = CachedViews(source, {anchor: encoder.config}, augment=augment)
     batches = load_batches(samples, keys, args.workers, encoder.pos.device)
     unread = []
     for done, part in enumerate(tqdm(missing, desc=f"embedding {anchor}", unit="part", disable=run.quiet)):

@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,17 +33,6 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-class Moved(argparse.Action):
-    """An option that is now something else: using it says what."""
-
-    def __init__(self, *args, new, **options):
-        super().__init__(*args, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
-        self.new = new
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        raise UsageError(f"{option_string} is now {self.new}")
-
-
 def run_main(main):
     """Calls a command line's main; what goes wrong becomes one line and the exit status."""
     try:
@@ -66,34 +56,23 @@ def report_error(error, status):
 # Types of options: each takes the text of the command line, or says what it must be
 
 
-def number(kind, least=-math.inf, above=-math.inf, below=math.inf):
-    """A type for argparse: int or float, at least `least`, above `above` and below `below`."""
-    bounds = []
-    if least > -math.inf:
-        bounds.append(f"at least {least:g}")
-    if above > -math.inf:
-        bounds.append(f"above {above:g}")
-    if below < math.inf:
-        bounds.append(f"below {below:g}")
-    wanted = ("a whole number" if kind is int else "a number") + f" {' and '.join(bounds)}"
-
+def number(kind, wanted, allowed):
+    """A type for argparse: int or float, which `allowed` accepts; `wanted` says what that is."""
     def parse(text):
-        try:
+        with suppress(ValueError, OverflowError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (value >= least and above < value < below):  # not a number is in no range
-            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
-        return value
+            if allowed(value):  # not a number is in no range
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
 
     return parse
 
 
-positive = number(int, above=0)
-positive_float = number(float, above=0)
-count = number(int, least=0)
-amount = number(float, least=0, below=math.inf)
-share = number(float, least=0, below=1)
+positive = number(int, "a whole number above 0", lambda n: n > 0)
+positive_float = number(float, "a number above 0", lambda x: 0 < x < math.inf)
+count = number(int, "a whole number at least 0", lambda n: n >= 0)
+amount = number(float, "a number at least 0", lambda x: 0 <= x < math.inf)
+share = number(float, "a number at least 0 and below 1", lambda x: 0 <= x < 1)
 
 
 def parse_heads(text):
@@ -122,13 +101,18 @@ def parse_pairs(text):
     return pairs
 
 
-def parse_learn(text):
+def parse_learn(text, separator=","):
     """ "image,audio" -> ["image", "audio"]."""
-    names = text.split(",")
+    names = text.split(separator)
     for name in names:
         if name not in MODALITIES:
             raise argparse.ArgumentTypeError(f"{name}: not one of {', '.join(MODALITIES)}")
     return names
+
+
+def parse_sum(text):
+    """ "video+audio", if both are modalities."""
+    return "+".join(parse_learn(text, "+"))
 
 
 def parse_temperature(text):
@@ -136,7 +120,8 @@ def parse_temperature(text):
     if text == "learned":
         return text
     # 1 / temperature is the logit scale, which has a largest value
-    return number(float, least=1 / MAX_LOGIT_SCALE, below=math.inf)(text)
+    least = 1 / MAX_LOGIT_SCALE
+    return number(float, f"a number at least {least:g}, or 'learned'", lambda x: least <= x < math.inf)(text)
 
 
 def read_lines(path):

@@ -1,25 +1,20 @@
-"""What `python data.py` shows: the toy world as a picture, or what lies in a source before a long run."""
+"""What `python data.py SPEC` shows: what lies in a source, before a long run."""
 
 import sys
 
-import numpy as np
-from PIL import Image
+import torch
 
-from data import transform
+from data import Bad, Samples
 from files.decode import DataError
 from model import preset
 from sources import DATASETS, open_data
-from sources.toy import CONCEPTS, ToyWorld
 
 
 def main():
-    """Shows the toy world, or what the command line names."""
+    """Shows what the command line names, else the toy world."""
     spec = sys.argv[1] if len(sys.argv) > 1 else "toy"
     try:
-        if spec == "toy":
-            show_toy("toy.png")
-        else:
-            show_source(spec)
+        show_source(spec)
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -42,60 +37,38 @@ def show_source(spec):
 
 
 def show_split(source, split):
-    items = {source.first_row_of_item(index) for index in source.indices()}
+    indices, items = source.items()
     classes = f"{len(source.classes)} classes" + (": " if source.classes else "") + "; ".join(source.classes)
-    print(f"{split}: {len(items)} items in {len(source)} rows, {source.absent} absent; "
+    print(f"{split}: {len(set(items.tolist()))} items in {len(indices)} rows, {source.absent} absent; "
           f"{', '.join(source.columns)}; {classes}")
-    first = next(iter(source.indices()))
-    print("  a sample:", {key: value for key, value in source.row(first).items() if value})
+    print("  a sample:", {key: value for key, value in source.row(int(indices[0])).items() if value})
     for modality in source.columns:
-        if modality == "text":
-            continue
-        try:
-            tensor = transform(modality, source.read(first, modality), preset("huge", modality))
-            print(f"  its {modality}: {tuple(tensor.shape)}, {tensor.min():.2f} to {tensor.max():.2f}")
-        except DataError as error:
-            print(f"  its {modality} cannot be read: {error}")
+        if modality != "text":
+            show_units(source, modality)
 
 
-def show_toy(path, count=8, cell=128):
-    """Draws samples of the toy world, one column each: picture, depth, thermal, sound, IMU, video frame."""
-    world = ToyWorld("test", crowded=0.25)
-    step = cell + 6  # a white gap between cells
-    sheet = Image.new("RGB", (count * step, 6 * step), "white")
-    for column in range(count):
-        index = column * 9 + column
-        for row, picture in enumerate(toy_pictures(world, index)):
-            picture = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(picture, (column * step, row * step))
-        print(f"{index:4}  {world.read(index, 'text')}")
-    sheet.save(path)
-    print(f"{len(CONCEPTS)} concepts; {path}: one sample a column; "
-          "picture, depth, thermal, sound, IMU, video from the top")
+# Where the median of a modality's tensors lies when its units are those that the encoder is trained on
+USUAL = {"image": (-1.9, 2.1), "video": (-1.9, 2.1), "audio": (-1.2, 1.2), "depth": (-1.2, 1.5),
+         "thermal": (0.02, 0.98), "imu": (-15.0, 15.0)}
 
 
-def toy_pictures(world, index):
-    """One sample of the toy world as six uint8 pictures: picture, depth, thermal, sound, IMU, video frame."""
-    mel = transform("audio", world.read(index, "audio"), preset("tiny", "audio"))[0, 0]
-    frame = world.read(index, "video").frames([7])[0]
-    return [world.read(index, "image"),
-            to_grey(world.read(index, "depth")),
-            to_grey(world.read(index, "thermal")),
-            to_grey(mel.flip(0).numpy()),
-            draw_traces(world.read(index, "imu")),
-            frame.permute(1, 2, 0).numpy()]
-
-
-def to_grey(x):
-    """(H, W) float -> uint8 from its smallest to its largest number."""
-    return ((x - x.min()) / (x.max() - x.min()) * 255).astype(np.uint8)
-
-
-def draw_traces(imu):
-    """(6, T) -> six curves (240, T) uint8, one above the other."""
-    steps = imu.shape[1]
-    picture = np.full((6 * 40, steps), 255, np.uint8)
-    for channel in range(6):
-        level = (20 - 8 * imu[channel]).clip(0, 39).astype(int)
-        picture[40 * channel + level, np.arange(steps)] = 0
-    return picture
+def show_units(source, modality, most=32):
+    """Prints the percentiles of a modality's tensors, and a line of warning where they lie far from USUAL."""
+    indices, items = source.items(modality)
+    firsts = indices[indices == items]
+    samples = Samples(source, {modality: preset("huge", modality)})
+    found = [samples[int(index)] for index in firsts[:: len(firsts) // most + 1]]
+    bad = [sample for sample in found if isinstance(sample, Bad)]
+    good = [sample[modality] for sample in found if not isinstance(sample, Bad)]
+    if bad:
+        print(f"  {modality}: {len(bad)} of {len(found)} cannot be read, the first: {bad[0].reason}")
+    if not good:
+        return
+    numbers = torch.cat([x.flatten()[:: x.numel() // 5000 + 1] for x in good])
+    shown = torch.quantile(numbers, torch.tensor([0.05, 0.5, 0.95])).tolist()
+    print(f"  {modality}: {tuple(good[0].shape)}, of {len(good)} items 5 %, median, 95 %: "
+          + ", ".join(f"{x:.2f}" for x in shown))
+    low, high = USUAL[modality]
+    if not low <= shown[1] <= high or shown[0] == shown[2]:
+        print(f"  warning: {modality} is far from what its encoder is trained on, where the median lies "
+              f"in {low} to {high} and numbers differ: are the units right (files/README.md)?")

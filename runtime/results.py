@@ -3,6 +3,9 @@
 import sys
 from pathlib import Path
 
+from data import load
+from model import encoder_of
+
 
 def show(command, result):
     """Prints what a command of evaluate.py found."""
@@ -15,10 +18,21 @@ def warn_of_unreadable(bad):
         print(f"unreadable: {item.reason}", file=sys.stderr)
 
 
-def left_out(source, bad):
+def warn_of_equal_names(model, names):
+    """Which names of classes are the same text to a model, on standard error: they cannot be told apart."""
+    config = model.encoder("text").config
+    known = {}  # the first name by its token ids
+    for name in "|".join(names).split("|"):
+        first = known.setdefault(tuple(load("text", name, config).tolist()), name)
+        if first is not name:
+            print(f"classes {first!r} and {name!r} have equal prompts", file=sys.stderr)
+
+
+def left_out(source, bad, modalities):
     """The part of every result that says what it is without: absent items, and Bad ones, each once."""
+    absent = source.absent + sum(int((source.items(m)[1] < 0).sum()) for m in modalities)
     names = [item.name for item in dict.fromkeys(bad)]
-    return {"absent": source.absent, "bad": len(names), "bad_items": names[:100]}
+    return {"absent": absent, "bad": len(names), "bad_items": names[:100], "note": source.note}
 
 
 def left_out_in_words(result):
@@ -28,13 +42,15 @@ def left_out_in_words(result):
         words += f", {result['unlabelled']} unlabelled"
     if result.get("without_match"):
         words += f", {result['without_match']} without a match"
+    if result.get("note"):
+        words += f", {result['note']}"
     return words
 
 
 def show_zeroshot(result):
     shares = [f"{key} {value:.1%}" for key, value in result.items() if isinstance(value, float)]
     print(f"{result['modality']}: {result['items']} items ({left_out_in_words(result)}), "
-          f"{result['classes']} classes: {', '.join(shares)}")
+          f"{result['classes']} classes, {len(result['prompts'])} prompts: {', '.join(shares)}")
 
 
 def show_retrieval(result):
@@ -42,7 +58,7 @@ def show_retrieval(result):
     for way in (f"{query}->{gallery}", f"{gallery}->{query}"):
         figures = result[way]
         recall = ", ".join(f"R@{k} {figures[f'R@{k}']:.1%}" for k in (1, 5, 10))
-        print(f"{way}: {figures['queries']} queries, {figures['items']} items "
+        print(f"{way} by {result['match']}: {figures['queries']} queries, {figures['items']} items "
               f"({left_out_in_words(result | figures)}): {recall}, median rank {figures['median_rank']:g}")
 
 
@@ -54,21 +70,56 @@ def show_fewshot(result):
 
 
 def show_arithmetic(result):
-    if "add" in result:
-        added = " + ".join(result["add"])
-        print(f"{added}, nearest of {result['items']} items ({left_out_in_words(result)}):")
-        for item in result["found"]:
-            print(f"  {item['similarity']:.3f}  {item['item']}")
-        return
-    # In the toy world it is known what should be found.
-    for name in ("sum", "first alone", "second alone"):
-        print(f"{name:14} {result[name]:6.1%} of {result['queries']} queries find, "
-              f"first of {result['items']}, a scene that shows both")
+    added = " + ".join(result["add"])
+    print(f"{added}, nearest of {result['items']} items ({left_out_in_words(result)}):")
+    for item in result["found"]:
+        print(f"  {item['similarity']:.3f}  {item['item']}")
+
+
+def trained_pairs(pairs):
+    """The encoders that were trained together, as sets: {"image", "audio"}, and {"image"} for image-video."""
+    return [set(map(encoder_of, pair.split("-"))) for pair in pairs]
+
+
+def trained_together(pairs, a, b):
+    """Whether any pair trained these two modalities' encoders together."""
+    return {encoder_of(a), encoder_of(b)} in trained_pairs(pairs)
+
+
+def matrix_table(modalities, recall, pairs):
+    """R@1 between all pairs of modalities as text, a row for each that asks."""
+    lines = ["R@1 in %, row asks column; * trained together, everything else is emergent"]
+    lines.append(" " * 9 + "".join(f"{m:>9}" for m in modalities))
+    for a in modalities:
+        line = f"{a:9}"
+        for b in modalities:
+            # A figure ends with a mark or a space, so that the digits of a column line up.
+            cell = "-" if a == b else "unbound "
+            if f"{a}->{b}" in recall:
+                cell = f"{100 * recall[f'{a}->{b}']:.1f}" + ("*" if trained_together(pairs, a, b) else " ")
+            line += f"{cell:>9}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def show_summary(modalities, figures, pairs):
+    """What a run reached, as train.evaluate_run gives it."""
+    where = "held-out items" if figures["held_out"] else "training items (no --eval-data)"
+    if figures["zeroshot_top1"]:
+        print(f"\nzero-shot by text prompts, {where}, chance {figures['chance']:.1%}:")
+    for m, accuracy in figures["zeroshot_top1"].items():
+        met = "trained" if trained_together(pairs, m, "text") else "never trained"
+        print(f"  {m:8} {accuracy:6.1%}   {met} with text" + (": emergent" if met != "trained" else ""))
+    print(f"\nretrieval on {where}, by {figures['match']}:")
+    print(matrix_table(modalities, figures["retrieval_r1"], pairs))
+    if figures["bad"] or figures["absent"]:
+        print(f"\nleft out of these figures: {figures['bad']} items that cannot be read, "
+              f"{figures['absent']} that are absent")
 
 
 def show_matrix(result):
-    """What evaluate.matrix_table, which needs the model, does not say."""
-    print(f"left out: {left_out_in_words(result)}")
+    print(matrix_table(result["modalities"], result["retrieval_r1"], result["pairs"]))
+    print(f"right is what has the query's {result['match']}; left out: {left_out_in_words(result)}")
 
 
 def show_compare(result):

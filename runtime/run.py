@@ -202,66 +202,21 @@ def wait_for_all():
 ROOT = Path(__file__).parent.parent
 
 
+# What a sample, the loss and a step depend on; evaluating an anchor does not change it
+TOY_CODE = ("model.py", "loss.py", "data.py", "train.py", "clip_weights.py", "files/decode.py",
+            "sources/base.py", "sources/toy.py")
+
+
 def training_code_digest():
     """Digest of all code and settings that the toy anchor depends on."""
-    sample_and_loss = import_closure("data.py", "loss.py", "sources/toy.py")
-    # train.py for the step and its settings, not what it imports: evaluating an anchor does not change it.
-    return code_digest(*sample_and_loss, "train.py")
+    return code_digest(*TOY_CODE)
 
 
-def import_closure(*names):
-    """These files of ours and all that they import, directly or not, but for their demonstrations."""
-    found, new = set(), set(names)
-    while new:
-        found |= new
-        imported = set()
-        for name in new:
-            imported |= our_imports(name)
-        new = imported - found
-    return sorted(found)
-
-
-def our_imports(name):
-    """Names of our files that a file imports."""
-    found = set()
-    for node in ast.walk(without_demonstration(parse(name))):
-        modules = []
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
-        for module in modules:
-            path = module.replace(".", "/")
-            found |= {file for file in (f"{path}.py", f"{path}/__init__.py") if (ROOT / file).is_file()}
-    return found
-
-
-def code_digest(*names):
-    """Digest of the syntax of some of our files: docstrings, comments and layout do not change it."""
-    trees = [ast.dump(without_docstrings(without_demonstration(parse(name)))) for name in sorted(names)]
+def code_digest(*patterns):
+    """Digest of the syntax of our files that these names or patterns mean: comments do not change it."""
+    paths = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
     return hashlib.sha256(repr(trees).encode()).hexdigest()[:16]
-
-
-def parse(name):
-    return ast.parse((ROOT / name).read_text(encoding="utf-8"))
-
-
-def without_demonstration(tree):
-    """The module without what it does under __main__."""
-    kept = []
-    for node in tree.body:
-        if not (isinstance(node, ast.If) and "__main__" in ast.dump(node.test)):
-            kept.append(node)
-    tree.body = kept
-    return tree
-
-
-def without_docstrings(tree):
-    for node in ast.walk(tree):
-        may_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if may_have_one and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return tree
 
 
 # ---------------------------------------------------------------------------------------------

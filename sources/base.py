@@ -6,9 +6,10 @@ data sets) and Shards derive from Source. A new source answers the first five me
 default does not fit.
 """
 
-import itertools
 import math
 from functools import cached_property
+
+import numpy as np
 
 from files.decode import DataError
 
@@ -23,7 +24,9 @@ class Source:
     multi_label = False  # whether a sample may have several classes, by a column `labels` instead of `label`
     absent = 0  # items that a data set lists and whose files are not there
     has_splits = False  # whether it has held-out samples of its own, as split "test"
-    streamed = False  # whether training reads it in the order of training_indices, not by random index
+    dataset = None  # its name among the data sets of the paper
+    note = ""  # which of several lists a data set was read from
+    streamed = False  # whether training reads it in the order of training_batches, not by random index
     part_size = 1024  # indices of a part: the cached embeddings of one part share a file
 
     # What every source answers
@@ -65,9 +68,16 @@ class Source:
         for index in self.indices():
             yield self.row(index)
 
-    def training_indices(self, seed, start, rank, world):
-        """Only of a streamed source: the endless stream of indices, in random order, that process `rank` of
-        `world` trains on, from its `start`-th on."""
+    def items(self, *modalities):
+        """The index (N,) of every sample, and its item (N,): the index of the first sample about it.
+
+        The item is -1 where a sample lacks one of the modalities. By default each sample is its own item.
+        """
+        return np.arange(len(self)), np.arange(len(self))
+
+    def training_batches(self, pair, share, seed, start, rank, world):
+        """Only of a streamed source: endless batches of `share` indices, in random order, that process `rank`
+        of `world` trains on, from its `start`-th on. No index is twice in a batch, also of all processes."""
         raise NotImplementedError
 
     def held_out(self):
@@ -111,10 +121,6 @@ class Source:
         labels = self.labels(index)
         return labels[0] if labels else -1
 
-    def first_row_of_item(self, index):
-        """Index of the first row about the same item; rows of one item differ only in their text."""
-        return index
-
     def caption(self, index, modality):
         """A readable label of one item."""
         return self.row(index).get(modality, "")
@@ -136,18 +142,18 @@ class Source:
     # Checks, so that a long run fails early
 
     def require_pair(self, pair):
-        """DataError unless some of the first samples have both modalities of the pair."""
+        """DataError unless some sample has both modalities of the pair, and some of the first have files."""
         for modality in pair:
             if modality not in self.columns:
                 raise DataError(f"no column {modality}; its columns are {', '.join(self.header)}")
-        first = [self.row(index) for index in itertools.islice(self.indices(), 20)]
-        cells = {}
+        if self.streamed:  # which has its files inside
+            return
+        indices, items = self.items(*pair)
+        first = [self.row(index) for index in indices[items >= 0][:20]]
+        if not first:
+            raise DataError(f"no row has both {' and '.join(pair)}")
         for modality in pair:
-            cells[modality] = [row[modality] for row in first if row.get(modality)]
-            if not cells[modality]:
-                raise DataError(f"the column {modality} is empty")
-        for modality in pair:
-            self.require_file(modality, cells[modality])
+            self.require_file(modality, [row[modality] for row in first])
 
     def require_file(self, modality, cells):
         """DataError if none of the files that these cells name exists; by default there are no such files."""

@@ -7,7 +7,7 @@ import math
 import os
 from array import array
 from bisect import bisect_left
-from functools import cached_property
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ class Table(Source):
     label         a class
     labels        several classes, joined by |
     fold          number of a cross-validation fold
-    item          rows of the same item share it; they differ only in their text
+    item          rows of the same item share it. Rows with the same file, and the same box and start, are of
+                  one item anyway
     box           x0 y0 x1 y1 in pixels: the part of a picture or thermal map to read
     start         seconds: where the clip begins in a recording of sound, video or IMU
     seconds       length of that clip
@@ -53,6 +54,7 @@ class Table(Source):
         self.content = content
         self.absent = absent
         self.allow_outside = allow_outside
+        self.known_items = {}  # by modalities: see items
         with errors_named(path), self.open_csv() as file:
             self.offsets = row_offsets(file)  # (rows + 2,): of the header, of each row, of the end
             self.header = [cell.strip() for cell in self.cells(0, file)]
@@ -122,14 +124,32 @@ class Table(Source):
                 except (ValueError, csv.Error):  # DataError and UnicodeDecodeError are ValueErrors
                     yield dict.fromkeys(self.header, "")
 
-    @cached_property
-    def first_rows(self):
-        """(rows,) index of the first row of each row's item."""
-        first = {}
-        return np.array([first.setdefault(row["item"], i) for i, row in enumerate(self.rows())])
+    def items(self, *modalities):
+        """As Source says. Rows with equal cells of a modality are of one item, and rows of equal `item`.
 
-    def first_row_of_item(self, index):
-        return int(self.first_rows[index]) if "item" in self.header else index
+        Equal texts are one item where only text is asked for: a caption may suit several pictures.
+        """
+        if modalities not in self.known_items:
+            self.known_items[modalities] = self.find_items(modalities)
+        return np.arange(len(self)), self.known_items[modalities]
+
+    def find_items(self, modalities):
+        # What tells items apart, each a list of columns; a cell may be a part of its file.
+        parts = [[m, "box", "start", "seconds"] for m in modalities if m != "text" or len(modalities) == 1]
+        if modalities != ("text",):
+            parts.append(["item"])
+        keys = [array("q") for _ in parts]
+        complete = []  # rows that have all the modalities
+        for i, row in enumerate(self.rows()):
+            if all(row.get(m) for m in modalities):
+                complete.append(i)
+                for numbers, columns in zip(keys, parts):
+                    cells = [row.get(column) for column in columns]
+                    # Hashes, because millions of texts would not fit; an empty cell is like no other.
+                    numbers.append(hash(tuple(cells)) if cells[0] else i)
+        items = np.full(len(self), -1)
+        items[complete] = np.array(complete, dtype=int)[first_connected(keys)]
+        return items
 
     # Files
 
@@ -155,6 +175,20 @@ class Table(Source):
             if modality == "text":
                 return read_text(cell)
             return read_file(modality, self.locate(cell), row)
+
+
+def first_connected(keys):
+    """keys: lists (n,) of numbers. For each place the first that equal numbers join it to, in any list."""
+    first = np.arange(len(keys[0]))
+    groups = [np.unique(numbers, return_inverse=True)[1] for numbers in keys]
+    before = None
+    while before is None or (first != before).any():
+        before = first
+        for group in groups:
+            lowest = np.full(group.max(initial=0) + 1, len(first))
+            np.minimum.at(lowest, group, first)
+            first = lowest[group]
+    return first
 
 
 def row_offsets(file):
@@ -258,32 +292,51 @@ def cut_box(picture, box):
     return part
 
 
-def imu_window(path, start, seconds):
-    """Rows (T, 6) of Ego4D's table of one recording, accelerometer then gyroscope.
+IMU_GAP = 0.5  # seconds without a row that a window may have
 
-    Such a table has hours at 200 Hz, in order of time: the window is found by bisection over bytes.
+
+def imu_window(path, start, seconds):
+    """Rows (T, 6) of Ego4D's table of one recording, accelerometer then gyroscope, by time.
+
+    Such a table has hours at 200 Hz, mostly in order of time: the window is found by bisection over bytes,
+    and among all rows where that does not cover it. DataError where no rows do.
     """
     with open(path, "rb") as file:
         names = file.readline().decode().strip().split(",")
         time = names.index("canonical_timestamp_ms")
         channels = [names.index(f"{kind}_{axis}") for kind in ("accl", "gyro") for axis in "xyz"]
+        head = file.tell()
 
-        def row_from(byte):
-            """The first whole row from a byte on."""
+        def second(row):
+            with suppress(ValueError, IndexError):  # a time may be empty
+                return float(row.split(b",")[time]) / 1000
+            return math.nan
+
+        def second_from(byte):
+            """The time of the first row that has one, from a byte on."""
             file.seek(byte - 1)  # where a row begins at this very byte, its newline is read first
             file.readline()
-            return file.readline()
+            return next((second(row) for row in file if not math.isnan(second(row))), math.inf)
 
-        def milliseconds(row):
-            return float(row.split(b",")[time]) if row else math.inf
+        def rows_from(byte, all_of_it):
+            """[[second, 6 numbers], ...] of the window's rows that have all, by time."""
+            file.seek(byte - 1)
+            file.readline()
+            found = []
+            for row in file:
+                at = second(row)
+                cells = row.split(b",")
+                if start <= at < start + seconds and all(cells[c].strip() for c in channels):
+                    found.append([at, *(float(cells[c]) for c in channels)])
+                elif at >= start + seconds and not all_of_it:
+                    break
+            return sorted(found)
 
-        bytes_of_rows = range(file.tell(), path.stat().st_size)
-        place = bisect_left(bytes_of_rows, start * 1000, key=lambda byte: milliseconds(row_from(byte)))
-        row = row_from(bytes_of_rows.start + place)
-        window = []
-        while milliseconds(row) < (start + seconds) * 1000:
-            cells = row.split(b",")
-            if all(cells[c].strip() for c in channels):  # a row may lack a sensor
-                window.append([float(cells[c]) for c in channels])
-            row = file.readline()
-    return window
+        bytes_of_rows = range(head, path.stat().st_size)
+        place = head + bisect_left(bytes_of_rows, start, key=second_from)
+        for begin, all_of_it in ((place, False), (head, True)):
+            found = rows_from(begin, all_of_it)
+            times = np.array([start, *(row[0] for row in found), start + seconds])
+            if np.diff(times).max() <= IMU_GAP:
+                return [row[1:] for row in found]
+    raise DataError(f"no rows for {np.diff(times).max():.1f} s of the window of {seconds:g} s at {start:g} s")

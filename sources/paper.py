@@ -28,7 +28,6 @@ for a folder that is not laid out as it should be.
 import csv
 import io
 import json
-import math
 import os
 import re
 import zlib
@@ -168,10 +167,16 @@ def clotho(root, split):
             yield {"audio": sounds.get(Path(name).stem), "text": line[f"caption_{i}"], "item": name}
 
 
+def audiocaps_list(root, split):
+    """Of the test split the paper's list, 796 sounds of audio-retrieval's, where it lies there."""
+    names = ["retrieval_test.csv", "test.csv"] if split == "test" else ["train.csv"]
+    return next((name for name in names if (root / name).is_file()), names[-1])
+
+
 def audiocaps(root, split):
     """Clips of 10 s, some with several captions; their files are named by YouTube's id or the set's own."""
     files = files_below(root, keys_of=lambda stem: [stem, *youtube_keys(stem)])
-    for line in dicts_of(root, f"{split}.csv"):
+    for line in dicts_of(root, audiocaps_list(root, split)):
         clip, start = line["youtube_id"], line["start_time"]  # several clips may come from one video
         yield {**files_of_clip(files, clip, "Y" + clip, line["audiocap_id"]), "text": line["caption"],
                "start": start, "seconds": 10, "item": f"{clip} {start}"}
@@ -305,17 +310,17 @@ def llvip(root, split):
 
 
 def llvip_classes(root):
-    return {"person": "person", "background": "background"}
+    return {"person": "person|man|woman|people", "background": "street|road|car|light|tree"}
 
 
 def labelled_boxes(path):
-    """("person", box) and ("background", box) for each person with room for such a box elsewhere."""
+    """("person", box) of each person, and ("background", box) where there is room for one elsewhere."""
     size, people = read_boxes(path)
     rng = np.random.default_rng(zlib.crc32(path.stem.encode()))  # the same boxes every time
     for person in people:
+        yield "person", person
         background = free_box(person, people, size, rng)
         if background is not None:
-            yield "person", person
             yield "background", background
 
 
@@ -346,49 +351,56 @@ def free_box(person, people, size, rng, tries=1000):
 # IMU
 
 WINDOW = 5  # seconds
+LONGEST = 2e5  # seconds that a recording may last: what is said to be longer is an error in the metadata
 
 
 def ego4d(root, split):
-    """Windows with scenario and first narration; every fifth recording, by a hash of its id, is test."""
+    """Windows of 5 s centred on narrations, with the scenario; every fifth recording, by a hash of its id, is
+    test, because the paper's random split is not published. Test has the recordings of one scenario alone.
+
+    Where no narrations are found, the windows follow each other.
+    """
     files = files_below(root)
+    told = ego4d_narrations(root)
     for video in ego4d_videos(root):
-        uid = video["video_uid"]
+        uid, scenarios = video["video_uid"], video.get("scenarios") or []
         if (zlib.crc32(uid.encode()) % 5 == 0) != (split == "test"):  # crc32 is the same on every machine
             continue
-        if uid not in files["imu"]:
+        if split == "test" and len(scenarios) != 1:
+            continue
+        duration = float(video.get("duration_sec") or 0)
+        if uid not in files["imu"] or not WINDOW <= duration <= LONGEST:
             yield {}
             continue
-        path = files["imu"][uid]
-        told = {}  # window: its first narration
-        for note in video.get("narrations", []):
-            told.setdefault(int(note["timestamp_sec"] // WINDOW), note["narration_text"])
-        first, last = imu_span(root / path)
-        for window in range(math.ceil(first / WINDOW), int(last // WINDOW)):
-            yield {"imu": path, "video": files["video"].get(uid), "text": told.get(window),
-                   "label": scenario(video), "start": window * WINDOW, "seconds": WINDOW}
+        notes = told.get(uid, []) if told else [(5 * i + 2.5, None) for i in range(int(duration / WINDOW))]
+        for time, text in notes:
+            if WINDOW / 2 <= time <= duration - WINDOW / 2:
+                yield {"imu": files["imu"][uid], "video": files["video"].get(uid), "text": text,
+                       "label": scenarios[0] if len(scenarios) == 1 else None,
+                       "start": time - WINDOW / 2, "seconds": WINDOW}
+
+
+def ego4d_narrations(root):
+    """{uid: [(second, text), ...]} of the file of either version; {} where there is none."""
+    told = {}
+    for name in ("narration.json", "all_narrations_redacted.json"):
+        if (root / name).is_file():
+            read = json.loads((root / name).read_text(encoding="utf-8"))
+            for uid, video in read.get("videos", read).items():
+                notes = (video.get("narration_pass_1") or video).get("narrations") or []
+                told[uid] = [(float(note.get("timestamp_sec", note.get("time"))),
+                              note.get("narration_text", note.get("text"))) for note in notes]
+    return told
 
 
 def ego4d_classes(root):
-    return named_alike({scenario(video) for video in ego4d_videos(root)})
+    every = [video.get("scenarios") or [] for video in ego4d_videos(root)]
+    return named_alike({scenarios[0] for scenarios in every if len(scenarios) == 1})
 
 
 def ego4d_videos(root):
     require_file(root, "ego4d.json")
     return json.loads((root / "ego4d.json").read_text(encoding="utf-8"))["videos"]
-
-
-def scenario(video):
-    return (video.get("scenarios") or [""])[0]
-
-
-def imu_span(path):
-    """Seconds of the first and of the last row of an Ego4D table."""
-    with open(path, "rb") as file:
-        time = file.readline().decode().strip().split(",").index("canonical_timestamp_ms")
-        first = file.readline()
-        file.seek(max(0, path.stat().st_size - 4096))  # rows are short: the last one is in the last 4 kB
-        last = file.read().splitlines()[-1]
-    return [float(line.split(b",")[time]) / 1000 for line in (first, last)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -433,9 +445,9 @@ def kinetics400(root, split):
 
 
 def msrvtt(root, split):
-    videos = files_below(root)["video"]
+    files = files_below(root)
     for line in dicts_of(root, f"MSRVTT_JSFUSION_{split}.csv"):
-        yield {"video": videos.get(line["video_id"]), "text": line["sentence"]}
+        yield {**files_of_clip(files, line["video_id"]), "text": line["sentence"]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -443,28 +455,27 @@ def msrvtt(root, split):
 
 
 class DataSet(NamedTuple):
-    """How to read a data set, and how to know it."""
+    """How to read a data set."""
 
     rows: object  # (root, split) -> rows
-    marker: str  # a file or folder that it alone has
-    word: str = ""  # what the marker's first line holds, where other sets have such a file
     classes: object = None  # root -> {label: name}; None: the labels of the rows, sorted
+    list_of: object = None  # (root, split) -> the list that is read, where there are several
 
 
 DATASETS = {
-    "audioset": DataSet(audioset, "eval_segments.csv", classes=audioset_classes),
-    "esc50": DataSet(esc50, "meta/esc50.csv"),
-    "vggsound": DataSet(vggsound, "vggsound.csv", classes=vggsound_classes),
-    "clotho": DataSet(clotho, "clotho_captions_evaluation.csv"),
-    "audiocaps": DataSet(audiocaps, "test.csv", "audiocap_id"),
-    "sunrgbd": DataSet(sunrgbd, "kv1", classes=sunrgbd_classes),
-    "nyud": DataSet(nyud, "kv1/NYUdata", classes=nyud_classes),
-    "llvip": DataSet(llvip, "infrared", classes=llvip_classes),
-    "ego4d": DataSet(ego4d, "ego4d.json", classes=ego4d_classes),
-    "imagenet": DataSet(imagenet, "LOC_synset_mapping.txt", classes=imagenet_classes),
-    "places365": DataSet(places365, "places365_val.txt", classes=places365_classes),
-    "kinetics400": DataSet(kinetics400, "val.csv", "youtube_id"),
-    "msrvtt": DataSet(msrvtt, "MSRVTT_JSFUSION_test.csv"),
+    "audioset": DataSet(audioset, audioset_classes),
+    "esc50": DataSet(esc50),
+    "vggsound": DataSet(vggsound, vggsound_classes),
+    "clotho": DataSet(clotho),
+    "audiocaps": DataSet(audiocaps, list_of=audiocaps_list),
+    "sunrgbd": DataSet(sunrgbd, sunrgbd_classes),
+    "nyud": DataSet(nyud, nyud_classes),
+    "llvip": DataSet(llvip, llvip_classes),
+    "ego4d": DataSet(ego4d, ego4d_classes),
+    "imagenet": DataSet(imagenet, imagenet_classes),
+    "places365": DataSet(places365, places365_classes),
+    "kinetics400": DataSet(kinetics400),
+    "msrvtt": DataSet(msrvtt),
 }
 
 
@@ -496,22 +507,7 @@ def open_dataset(name, root, split):
         else:
             classes = named_alike(labels - {None})
     table = Table(root / name, ",".join(header).encode() + b"\n" + content.getvalue(), classes, absent)
-    table.has_splits = True
+    table.has_splits, table.dataset = True, name
+    if dataset.list_of:
+        table.note = f"read from {dataset.list_of(root, split)}"
     return table
-
-
-def find_dataset(root, name):
-    """The folder at most two levels below the root that holds the data set, or None."""
-    for folder in (root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))):
-        if is_marked(folder / DATASETS[name].marker, DATASETS[name].word):
-            return folder
-    return None
-
-
-def is_marked(path, word):
-    if not word:
-        return path.exists()
-    if not path.is_file():
-        return False
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return word in file.readline()

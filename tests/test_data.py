@@ -102,9 +102,10 @@ def test_a_drawn_sample_is_cropped_as_the_cached_view_of_its_anchor(monkeypatch)
     cache = Cache(None, world, "image", views=3)
     monkeypatch.setattr(cache, "look_up", lambda index, number: number)
     samples = [Samples(world, {"depth": TINY["depth"]}, cache=cache)[(draw, 7)] for draw in range(30)]
-    fixed = [View(1.0, 1.0, 0.5, 0.5, False), *(data.cached_view(world, 7, number)[1] for number in (1, 2))]
+    fixed = [View(), *(data.cached_view(world, 7, number)[1] for number in (1, 2))]
+    boxes = [fixed[sample["image"]].box(40, 40) for sample in samples]
     assert (
-        used == [fixed[sample["image"]] for sample in samples]
+        [view.box(40, 40) for view in used] == boxes
         and len({sample["image"] for sample in samples}) == 3
     )
 
@@ -237,7 +238,7 @@ def test_a_shard_holds_what_its_files_hold_and_a_name_is_only_a_name(tmp_path, f
 
 def test_a_damaged_shard_is_named_and_the_others_go_on(tmp_path):
     shards = open_data(write_shards(tmp_path, [5, 5, 5, 5, 5]))
-    size, whole = list(shards.indices([1]))[3] % SHARD_STRIDE, (tmp_path / "s-1.tar").read_bytes()
+    size, whole = shards.having((), [1])[3] % SHARD_STRIDE, (tmp_path / "s-1.tar").read_bytes()
     (tmp_path / "s-1.tar").write_bytes(whole[: size + 600])  # cut off in the fourth picture
     (tmp_path / "s-2.tar").write_bytes(whole[:size] + b"\xff" * 512 + whole[size + 512 :])  # a damaged header
     (tmp_path / "s-3.tar").write_bytes(whole[:size] + bytes(len(whole)))  # zeros, as after a crash
@@ -259,16 +260,20 @@ def test_shards_are_drawn_in_parts_and_go_on_where_they_stopped(tmp_path, monkey
         and source.classes == [str(c) for c in sorted({ToyWorld().label(i) for i in range(21)})]
     )
     for world in (1, 3, 4):  # 4: fewer shards than processes
-        parts = [list(batch_keys(source, 12, epochs=9, seed=1, rank=r, world=world)) for r in range(world)]
+        parts = [list(batch_keys(source, 12, epochs=40, seed=1, rank=r, world=world)) for r in range(world)]
         seen = [[index for batch in part for _, index in batch] for part in parts]
-        passes = [seen[r][:n] for r, n in enumerate({1: [21], 3: [7, 5, 9], 4: [6, 5, 5, 5]}[world])]
-        assert sorted(sum(passes, [])) == list(source.indices()) != sum(passes, [])
-        assert len({number for part in parts for batch in part for number, _ in batch}) == 9 * 12
+        assert sorted(set(sum(seen, []))) == list(source.indices()) != sum(seen, [])
+        assert sum(len(set(part)) for part in seen) == 21  # no sample is two processes'
+        for batches in zip(*parts, strict=True):
+            assert len({index for batch in batches for _, index in batch}) == 12  # nor twice in a batch
+        assert len({number for part in parts for batch in part for number, _ in batch}) == 40 * 12
         for start in (1, 4, 8):
             assert (
-                list(batch_keys(source, 12, 9, seed=1, start=start, rank=world - 1, world=world))
+                list(batch_keys(source, 12, 40, seed=1, start=start, rank=world - 1, world=world))
                 == parts[-1][start:]
             )
+    with pytest.raises(DataError, match="has 21 samples .* fewer than its 24 of a batch"):
+        next(source.training_batches(("text",), 24, seed=1, start=0, rank=0, world=1))
 
 
 def test_processes_and_resumed_runs_draw_the_same_batches():

@@ -2,17 +2,22 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_readers import write
 
-import data
-import evaluate
-from model import ImageBind, preset
-from runtime.cli import UsageError
-from sources.toy import ToyWorld
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import arithmetic  # noqa: E402
+
+import data  # noqa: E402
+import evaluate  # noqa: E402
+from model import ImageBind, preset  # noqa: E402
+from runtime.cli import UsageError  # noqa: E402
+from sources.toy import ToyWorld  # noqa: E402
 
 
 def coarse(*shape, seed):
@@ -36,10 +41,10 @@ def test_ranks_equal_a_sorted_list_with_ties_in_one_fixed_order(block):
     for i in range(40):
         listed = sorted(range(60), key=lambda j: (-float(q[i] @ g[j]), int(order[j])))
         expected.append(next((n for n, j in enumerate(listed, 1) if gl[j] == ql[i]), 61))
-    assert evaluate.ranks(q, g, ql, gl).tolist() == expected
+    assert evaluate.ranks(q, g, evaluate.equal_labels(ql, gl)).tolist() == expected
     for k in (1, 5, 10):
         assert abs(evaluate.recall_at_k(q, g, ql, gl, k) - sum(r <= k for r in expected) / 40) < 1e-6
-    figures = evaluate.search(q, ql, g, gl)
+    figures = evaluate.search(q, g, evaluate.equal_labels(ql, gl))
     there = sorted(r for r, label in zip(expected, ql) if label < 12)
     assert figures["queries"] == len(there) == 37 and figures["median_rank"] == there[18]
 
@@ -69,7 +74,7 @@ def test_a_sum_is_searched_for_as_its_parts_are():
         return sum(max(float(z[q] @ view) for view in views[item]) for z in (a, b))
 
     best = [max(range(10), key=lambda item: similarity(q, item)) for q in range(8)]
-    assert evaluate.nearest_to_sum([a, b], views)[1][:, 0].tolist() == best
+    assert arithmetic.nearest_by_parts([a, b], views)[1][:, 0].tolist() == best
 
 
 def area_under_steps(scores, truth):
@@ -173,7 +178,8 @@ def test_a_name_of_several_counts_by_its_best(monkeypatch):
     monkeypatch.setattr(evaluate, "embed_texts", embed)
     classes, owner = evaluate.named_classes(None, None, "image", ["cat", "dog|sea"], ["{}"])
     z = torch.tensor([[0.5, 0.1, 0.6], [0.5, 0.4, 0.4], [0.1, 0.2, 0]])  # sum and mean would say other things
-    assert evaluate.ranks(z, classes, torch.tensor([1, 0, 1]), owner).tolist() == [1, 1, 1]
+    right = evaluate.equal_labels(torch.tensor([1, 0, 1]), owner)
+    assert evaluate.ranks(z, classes, right).tolist() == [1, 1, 1]
 
 
 def test_retrieval_knows_several_captions_of_a_sound(call, tmp_path):
@@ -223,8 +229,8 @@ def test_the_parts_of_a_picture_are_searched_one_by_one(monkeypatch):
             return z[quarters.argmax(dim=1)]
 
     halves = [data.View(0.5, 1.0, side, 0.0, False) for side in (0.0, 1.0)]
-    monkeypatch.setattr(evaluate, "PARTS", halves)
-    found, indices, _, bad = evaluate.embed_picture_parts(Ink(), world)
+    monkeypatch.setattr(arithmetic, "PARTS", halves)
+    found, indices, _, bad = arithmetic.embed_picture_parts(Ink(), world)
     for i, parts in zip(indices.tolist(), found):
         x = torch.from_numpy(world.read(i, "image")).float().mean(dim=2)
         for half, part in zip(x.chunk(2, dim=1), parts):
@@ -243,10 +249,12 @@ def test_the_parts_of_a_picture_are_searched_one_by_one(monkeypatch):
     ("fewshot --modality audio --data esc50:. --shots 3", "'dog' has 2 items"),
     ("retrieval --query text --gallery audio --data esc50:.", "no text"),
     ("arithmetic --add sound=a.wav --data esc50:. --gallery audio", "not 'sound'"),
-    ("suite --root nowhere", "benchmarks/paper.py")])
+    ("arithmetic", "examples/arithmetic.py"),
+    ("retrieval --query audio --gallery video+sound --data esc50:.", "sound: not one of"),
+    ("retrieval --query audio --gallery audio --match class --data nolabel.csv", "--match class needs")])
 def test_wrong_use_is_one_line(call, tmp_path, options, message):
     small_esc50(tmp_path)
-    write(tmp_path, {"one.txt": "a sound\n"})
+    write(tmp_path, {"one.txt": "a sound\n", "nolabel.csv": "audio\na.wav\n"})
     with pytest.raises((UsageError, data.DataError), match=message) as error:
         call(*options.split())
     assert "\n" not in str(error.value)

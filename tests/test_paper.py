@@ -27,10 +27,10 @@ def test_a_killed_measurement_resumes_where_it_stopped(call, tmp_path, monkeypat
     assert "audio: 8 items (0 unreadable, 0 absent)" in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "embed_items", lambda *args: pytest.fail("measured again"))
     assert call(*options) == first
-    assert "kept in out/esc50.json" in capsys.readouterr().out
+    assert "kept in out/esc50-audio.json" in capsys.readouterr().out
     rows = {row["column"]: row for row in first["table"]}
     assert rows["ESC"]["items"] == 8 and rows["ESC"]["published"] == 66.9
-    assert rows["AS-A mAP"]["note"] == "absent" and len(first["table"]) == 15
+    assert rows["AS-A mAP"]["note"] == "absent" and len(first["table"]) == 17
     assert "| ESC | " in (tmp_path / "table.md").read_text()
     save_model(seed=1)  # other weights
     with pytest.raises(pytest.fail.Exception):
@@ -47,4 +47,4 @@ def test_chance_of_a_recall_is_that_of_the_items_that_are_there():
     figures = {"queries": 50, "items": 10, "R@10": 1.0}
     row = paper.table_row(task, {"bad": 1, "absent": 2, "text->audio": figures})
     assert (row["measured"], row["chance"], row["items"], row["bad"], row["absent"]) == (100, 100, 50, 1, 2)
-    assert "| Clotho R@10 | 100.0 | 28.4 | +71.6 | 100.00 | 50 | 1 | 2 |  |" in paper.table([row])
+    assert "| Clotho R@10 | 100.0 | 28.4 | +71.6 | 100.00 | 50 | 1 | 2 | - | AVFIC 17.5" in paper.table([row])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import wave
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,11 @@ import data
 from files.decode import DataError
 from model import preset
 from runtime import look
-from sources import DATASETS, open_data, paper
+from sources import DATASETS, manifest, open_data, paper
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import paper as tables  # noqa: E402
 
 ID = ["--abcdefghi", "Yabcdefghij", "_kl-mnopqrs", "tuvwxyz0123"]  # YouTube ids, one of which opens with a Y
 
@@ -87,12 +92,12 @@ def test_captions_keep_their_quotes_and_share_their_sound(tmp_path):
                            "evaluation/A #1 (x).WAV": 1, "evaluation/B.wav": 1})
     source = open_data(f"clotho:{tmp_path / 'c'}", "test")
     assert source.read(0, "text") == 'A man, a dog, "woof"' and len(source) == 10
-    assert [source.first_row_of_item(i) for i in range(10)] == [0] * 5 + [5] * 5
+    assert source.items("audio")[1].tolist() == [0] * 5 + [5] * 5
     write(tmp_path / "a", {"test.csv": "audiocap_id,youtube_id,start_time,caption\n"
                                        f'1,{ID[0]},3,"x, y"\n2,{ID[0]},3,z\n7,{ID[1]},0,w\n',
                            f"{ID[0]}.wav": 20, "7.wav": 10})
     source = open_data(f"audiocaps:{tmp_path / 'a'}", "test")
-    assert [source.first_row_of_item(i) for i in range(3)] == [0, 0, 2] and source.read(0, "text") == "x, y"
+    assert source.items("audio")[1].tolist() == [0, 0, 2] and source.read(0, "text") == "x, y"
     # one file is a whole recording, the other the clip
     whole, clip = source.read(0, "audio"), source.read(2, "audio")
     assert whole.shape == clip.shape == (1, 160000)
@@ -159,7 +164,8 @@ def test_llvip_crops_people_and_as_much_without_them(tmp_path):
         write(tmp_path, {f"visible/{name}.jpg": people, f"infrared/{name}.png": people})
     source = open_data(f"llvip:{tmp_path}", "test")
     crops = [source.read(i, "thermal") for i in range(len(source))]
-    assert [source.classes[source.label(i)] for i in range(len(source))] == ["person", "background"] * 2
+    names = [source.classes[source.label(i)].split("|")[0] for i in range(len(source))]
+    assert names == ["person", "street"] * 2 and source.classes[0] == "person|man|woman|people"
     assert [crop.mean() for crop in crops] == [1, 0, 1, 0]
     assert [crop.shape for crop in crops] == [(60, 20)] * 2 + [(65, 20)] * 2
     assert source.read(0, "image").shape == (60, 20, 3) and source.absent == 1  # the second has no annotation
@@ -173,17 +179,70 @@ def test_ego4d_windows_are_found_by_time(tmp_path):
              "gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z\n")
     lines = [f"0,{t},{t},{t},1,2,{t / 1000},4,{'' if t == 5000 else 5}\n" for t in np.arange(-13, 16000, 5.0)]
     told = {"timestamp_sec": 7.5, "narration_text": '#C C cuts, "x"'}
-    videos = [{"video_uid": uid, "scenarios": ["Cooking", "Eating"], "narrations": [told]},
-              {"video_uid": "gone", "scenarios": ["Gardening"]}, {"video_uid": "gone too"}]
+    too_early, too_late = ({"timestamp_sec": t, "narration_text": "x"} for t in (1.0, 14.0))
+    videos = [{"video_uid": uid, "scenarios": ["Cooking"], "duration_sec": 16},
+              {"video_uid": "gone", "scenarios": ["Gardening"], "duration_sec": 60},
+              {"video_uid": "many", "scenarios": ["Cooking", "Eating"], "duration_sec": 60},
+              {"video_uid": "none"}]
     write(tmp_path, {f"imu/{uid}.csv": names + "".join(lines), "ego4d.json": json.dumps({"videos": videos})})
-    source = open_data(f"ego4d:{tmp_path}", "test")
-    assert len(source) == 3 and source.classes == ["Cooking", "Gardening"] and source.label(2) == 0
+    source = open_data(f"ego4d:{tmp_path}", "test")  # without narrations the windows follow each other
+    assert [row["start"] for row in rows(source)] == ["0.0", "5.0", "10.0"]
+    assert source.classes == ["Cooking", "Gardening"] and source.label(2) == 0
     imu = source.read(1, "imu")  # accelerometer, then gyroscope
     assert imu.shape == (6, 1000) and np.isclose(imu[0, 0], 5.002) and np.isclose(imu[3, -1], 9997)
-    assert source.read(0, "imu")[0, 0] > 0 and source.read(1, "text") == '#C C cuts, "x"'
     assert data.transform("imu", imu, preset("huge", "imu")).shape == (6, 2000)
-    with pytest.raises(DataError, match="empty"):
-        source.read(0, "text")
+    # Of either version's file they are centred on narrations that the recording has room around.
+    notes = [too_early, told, too_late]
+    second = [{"time": note["timestamp_sec"], "text": note["narration_text"]} for note in notes]
+    for name, content in (("narration.json", {uid: {"narration_pass_1": {"narrations": notes}}}),
+                          ("all_narrations_redacted.json", {"videos": {uid: {"narrations": second}}})):
+        write(tmp_path, {name: json.dumps(content)})
+        paper.open_dataset.cache_clear()
+        source = open_data(f"ego4d:{tmp_path}", "test")
+        assert [row["start"] for row in rows(source)] == ["5.0"]
+        assert source.read(0, "text") == '#C C cuts, "x"'
+        (tmp_path / name).unlink()
+
+
+def ego4d_table(times):
+    names = "canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z\n"
+    return names + "".join(f"{t},1,2,3,{'' if t == '' else t / 1000},5,6\n" for t in times)
+
+
+def test_an_imu_window_is_sorted_and_one_that_is_not_covered_is_refused(tmp_path):
+    times = list(np.arange(0, 30_000, 5.0))
+    swapped = times[:1000] + times[2000:3000] + times[1000:2000] + times[3000:]
+    with_gap = [t for t in times if not 7000 <= t < 10_000]
+    without_some_times = [*times[:1100], "", "", *times[1100:]]
+    tables_of = {"whole": times, "swapped": swapped, "empty": without_some_times, "gap": with_gap}
+    for name, kept in tables_of.items():
+        write(tmp_path, {f"{name}.csv": ego4d_table(kept)})
+    for name in ("whole", "swapped", "empty"):
+        for start in (0.0, 3.0, 8.0, 25.0):
+            window = np.array(manifest.imu_window(tmp_path / f"{name}.csv", start, 5))
+            expected = [t / 1000 for t in times if start <= t / 1000 < start + 5]
+            assert window[:, 0].tolist() == expected, (name, start)
+    table = "imu,start,seconds\ngap.csv,6,5\ngap.csv,12,5\nwhole.csv,28,5\n"
+    source = open_data(str(write(tmp_path, {"m.csv": table}) / "m.csv"))
+    assert source.read(1, "imu").shape == (6, 1000)
+    for row, reason in ((0, "gap.csv: no rows for 3.0 s of the window"), (2, "whole.csv: no rows for 3.0 s")):
+        with pytest.raises(DataError, match=reason):
+            source.read(row, "imu")
+
+
+def test_audiocaps_is_read_from_the_paper_s_list_and_kinetics_is_not_taken_for_it(tmp_path):
+    head = "audiocap_id,youtube_id,start_time,caption\n"
+    write(tmp_path / "a", {"test.csv": head + f"1,{ID[0]},0,a\n2,{ID[2]},5,b\n",
+                           "val.csv": head + f"3,{ID[3]},0,c\n", f"{ID[0]}.wav": 1, f"{ID[2]}.wav": 1})
+    source = open_data(f"audiocaps:{tmp_path / 'a'}", "test")
+    assert len(source) == 2 and source.note == "read from test.csv"
+    write(tmp_path / "a", {"retrieval_test.csv": head + f"2,{ID[2]},5,b\n"})
+    paper.open_dataset.cache_clear()
+    source = open_data(f"audiocaps:{tmp_path / 'a'}", "test")
+    assert len(source) == 1 and source.note == "read from retrieval_test.csv"
+    write(tmp_path / "k", {"val.csv": "label,youtube_id,time_start,time_end,split\n"})
+    assert tables.find_dataset(tmp_path, "kinetics400") == tmp_path / "k"
+    assert tables.find_dataset(tmp_path, "audiocaps") == tmp_path / "a"
 
 
 def test_pictures_and_videos_by_lists_and_folders(tmp_path):
@@ -209,6 +268,8 @@ def test_pictures_and_videos_by_lists_and_folders(tmp_path):
     write(tmp_path / "m", {"MSRVTT_JSFUSION_test.csv": "key,vid_key,video_id,sentence\n"
                                                        'ret0,msr9770,video9770,"a person, ""x"""\n',
                            "TestVideo/video9770.MP4": b""})
+    row = open_data(f"msrvtt:{tmp_path / 'm'}", "test").row(0)
+    assert row["audio"] == row["video"] == "TestVideo/video9770.MP4"  # the sound of the video
     assert open_data(f"msrvtt:{tmp_path / 'm'}", "test").read(0, "text") == 'a person, "x"'
 
 
@@ -233,4 +294,20 @@ def test_data_py_shows_what_lies_in_a_folder(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "test: 3 items in 3 rows, 1 absent; audio, video; 3 classes: " in shown
     assert "Male speech, man speaking; Dog; Cat" in shown
-    assert "its audio: (3, 1, 128, 204)" in shown and "its video cannot be read" in shown
+    assert "audio: (3, 1, 128, 204), of 2 items 5 %, median, 95 %: " in shown
+    assert "video: 1 of 1 cannot be read" in shown
+
+
+def test_data_py_warns_of_units_that_are_far_from_the_encoder_s(tmp_path, capsys):
+    room = np.random.default_rng(0).uniform(1.2, 4, (60, 80))
+    write(tmp_path, {"m.csv": "depth,imu\nmetres.npy,si.npy\n", "mm.csv": "depth,imu\nfloats.npy,raw.npy\n"})
+    np.save(tmp_path / "metres.npy", room)
+    np.save(tmp_path / "floats.npy", 1000 * room)  # millimetres that say they are metres
+    imu = np.random.default_rng(0).normal(0, 3, (6, 200))
+    np.save(tmp_path / "si.npy", imu)
+    np.save(tmp_path / "raw.npy", 16384 + imu)  # numbers of the sensor
+    look.show_source(str(tmp_path / "m.csv"))
+    assert "warning" not in capsys.readouterr().out
+    look.show_source(str(tmp_path / "mm.csv"))
+    shown = capsys.readouterr().out
+    assert "warning: depth is far" in shown and "warning: imu is far" in shown

@@ -144,13 +144,14 @@ def test_sums_of_the_toy_world_are_marked_by_what_the_scenes_show(monkeypatch):
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
         z = F.normalize(z + noise * (0.3 if modality == "audio" else 0.0), dim=-1)
         indices = torch.arange(len(world))
-        return evaluate.Embedded(z, indices, evaluate.item_labels(world, indices), [])
+        return evaluate.Embedded(z, indices, torch.tensor([c[0] for c in shown]), [])
 
     def embed_picture_parts(model, world, *_):
         return embed_items(model, world, "image")
 
     monkeypatch.setattr(evaluate, "embed_items", embed_items)
-    monkeypatch.setattr(evaluate, "embed_picture_parts", embed_picture_parts)
+    monkeypatch.setattr(report.sums_of_toy, "embed_picture_parts", embed_picture_parts)
+    monkeypatch.setattr(report.sums_of_toy, "nearest_by_parts", evaluate.nearest_to_sum)
     source, args = ToyWorld("test", 64), report.argparse.Namespace(batch_size=8, workers=0, data="toy")
     page = Page(report.arithmetic(small_model(), source, {"image": None, "audio": None}, args))
     assert len(page.rows) == report.QUERIES

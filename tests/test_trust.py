@@ -312,7 +312,7 @@ def test_every_result_says_what_was_left_out(tmp_path, capsys):
     for command, options in (
         (evaluate.zeroshot, {"modality": "image"}),
         (evaluate.fewshot, {"modality": "image"}),
-        (evaluate.retrieval, {"query": "text", "gallery": "image"}),
+        (evaluate.retrieval, {"query": "text", "gallery": "image", "match": "class"}),
         (evaluate.matrix, {}),
         (evaluate.arithmetic, {"add": ["text=a thing"], "gallery": "image", "by_parts": False}),
     ):
@@ -330,7 +330,7 @@ def test_every_result_says_what_was_left_out(tmp_path, capsys):
     "command,options",
     [
         (evaluate.zeroshot, {"modality": "depth"}),
-        (evaluate.retrieval, {"query": "depth", "gallery": "text"}),
+        (evaluate.retrieval, {"query": "depth", "gallery": "text", "match": "item"}),
         (evaluate.fewshot, {"modality": "thermal"}),
         (evaluate.arithmetic, {"add": ["text=a"], "gallery": "depth", "by_parts": False}),
         (evaluate.compare, {"text": ["a"], "depth": ["a.png"]}),
