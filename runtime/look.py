@@ -65,10 +65,10 @@ def show_units(source, modality, most=32):
     if not good:
         return
     numbers = torch.cat([x.flatten()[:: x.numel() // 5000 + 1] for x in good])
-    shown = torch.quantile(numbers, torch.tensor([0.05, 0.5, 0.95])).tolist()
-    print(f"  {modality}: {tuple(good[0].shape)}, of {len(good)} items 5 %, median, 95 %: "
-          + ", ".join(f"{x:.2f}" for x in shown))
+    shown = numbers.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+    shape, in_words = tuple(good[0].shape), " ".join(f"{x:.2f}" for x in shown)
+    print(f"  {modality}: {shape}; 5, 50 and 95 % of {len(good)} items: {in_words}")
     low, high = USUAL[modality]
     if not low <= shown[1] <= high or shown[0] == shown[2]:
-        print(f"  warning: {modality} is far from what its encoder is trained on, where the median lies "
-              f"in {low} to {high} and numbers differ: are the units right (files/README.md)?")
+        print(f"  warning: {modality} is far from what its encoder is trained on (median {low} to {high}, "
+              "not all the same): are its units right? See files/README.md")

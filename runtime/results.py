@@ -20,10 +20,10 @@ def warn_of_unreadable(bad):
 
 def warn_of_equal_names(model, names):
     """Which names of classes are the same text to a model, on standard error: they cannot be told apart."""
-    config = model.encoder("text").config
     known = {}  # the first name by its token ids
     for name in "|".join(names).split("|"):
-        first = known.setdefault(tuple(load("text", name, config).tolist()), name)
+        ids = load("text", name, model.encoder("text").config)
+        first = known.setdefault(tuple(ids.tolist()), name)
         if first is not name:
             print(f"classes {first!r} and {name!r} have equal prompts", file=sys.stderr)
 
@@ -113,8 +113,7 @@ def show_summary(modalities, figures, pairs):
     print(f"\nretrieval on {where}, by {figures['match']}:")
     print(matrix_table(modalities, figures["retrieval_r1"], pairs))
     if figures["bad"] or figures["absent"]:
-        print(f"\nleft out of these figures: {figures['bad']} items that cannot be read, "
-              f"{figures['absent']} that are absent")
+        print(f"\nleft out of these figures: {left_out_in_words(figures)}")
 
 
 def show_matrix(result):

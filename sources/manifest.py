@@ -3,11 +3,13 @@
 import csv
 import hashlib
 import io
+import itertools
 import math
 import os
 from array import array
 from bisect import bisect_left
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +105,8 @@ class Table(Source):
         text = file.read(size).decode("utf-8-sig")  # Excel writes a byte order mark
         return next(csv.reader(io.StringIO(text, newline="")), [])
 
-    def parse_row(self, index, file):
-        cells = self.cells(index + 1, file)
+    def named(self, cells):
+        """{column: cell}. Raises DataError."""
         width = len(self.header)
         if any(cells[width:]):  # empty ones are what a spreadsheet leaves behind
             raise DataError(f"{len(cells)} cells under {width} columns; a text with commas must be quoted")
@@ -113,15 +115,16 @@ class Table(Source):
 
     def row(self, index):
         with errors_named(self.name(index)), self.open_csv() as file:
-            return self.parse_row(index, file)
+            return self.named(self.cells(index + 1, file))
 
     def rows(self):
         """Every row in order, from one opening of the file; empty cells for a row that cannot be read."""
         with self.open_csv() as file:
-            for index in range(len(self)):
+            lines = (line.decode("latin-1") for line in file)  # see row_offsets
+            for cells in itertools.islice(filter(None, csv.reader(lines)), 1, None):
                 try:
-                    yield self.parse_row(index, file)
-                except (ValueError, csv.Error):  # DataError and UnicodeDecodeError are ValueErrors
+                    yield self.named([c if c.isascii() else c.encode("latin-1").decode() for c in cells])
+                except ValueError:  # DataError and UnicodeDecodeError are ValueErrors
                     yield dict.fromkeys(self.header, "")
 
     def items(self, *modalities):
@@ -138,17 +141,18 @@ class Table(Source):
         parts = [[m, "box", "start", "seconds"] for m in modalities if m != "text" or len(modalities) == 1]
         if modalities != ("text",):
             parts.append(["item"])
-        keys = [array("q") for _ in parts]
-        complete = []  # rows that have all the modalities
+        parts = [[column for column in part if column in self.header] for part in parts]
+        keys = [(part[0], itemgetter(*part), array("q")) for part in parts if part]
+        complete = array("q")  # rows that have all the modalities
         for i, row in enumerate(self.rows()):
-            if all(row.get(m) for m in modalities):
+            if all([row.get(m) for m in modalities]):
                 complete.append(i)
-                for numbers, columns in zip(keys, parts):
-                    cells = [row.get(column) for column in columns]
+                for column, cells, numbers in keys:
                     # Hashes, because millions of texts would not fit; an empty cell is like no other.
-                    numbers.append(hash(tuple(cells)) if cells[0] else i)
+                    numbers.append(hash(cells(row)) if row[column] else i)
+        first = first_connected([numbers for _, _, numbers in keys], len(complete))
         items = np.full(len(self), -1)
-        items[complete] = np.array(complete, dtype=int)[first_connected(keys)]
+        items[complete] = np.array(complete, dtype=int)[first]
         return items
 
     # Files
@@ -177,15 +181,15 @@ class Table(Source):
             return read_file(modality, self.locate(cell), row)
 
 
-def first_connected(keys):
+def first_connected(keys, n):
     """keys: lists (n,) of numbers. For each place the first that equal numbers join it to, in any list."""
-    first = np.arange(len(keys[0]))
+    first = np.arange(n)
     groups = [np.unique(numbers, return_inverse=True)[1] for numbers in keys]
     before = None
     while before is None or (first != before).any():
         before = first
         for group in groups:
-            lowest = np.full(group.max(initial=0) + 1, len(first))
+            lowest = np.full(group.max(initial=0) + 1, n)
             np.minimum.at(lowest, group, first)
             first = lowest[group]
     return first

@@ -364,9 +364,8 @@ def ego4d(root, split):
     told = ego4d_narrations(root)
     for video in ego4d_videos(root):
         uid, scenarios = video["video_uid"], video.get("scenarios") or []
-        if (zlib.crc32(uid.encode()) % 5 == 0) != (split == "test"):  # crc32 is the same on every machine
-            continue
-        if split == "test" and len(scenarios) != 1:
+        is_test = zlib.crc32(uid.encode()) % 5 == 0  # crc32 is the same on every machine
+        if is_test != (split == "test") or (is_test and len(scenarios) != 1):
             continue
         duration = float(video.get("duration_sec") or 0)
         if uid not in files["imu"] or not WINDOW <= duration <= LONGEST:

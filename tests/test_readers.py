@@ -294,7 +294,7 @@ def test_data_py_shows_what_lies_in_a_folder(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "test: 3 items in 3 rows, 1 absent; audio, video; 3 classes: " in shown
     assert "Male speech, man speaking; Dog; Cat" in shown
-    assert "audio: (3, 1, 128, 204), of 2 items 5 %, median, 95 %: " in shown
+    assert "audio: (3, 1, 128, 204); 5, 50 and 95 % of 2 items: " in shown
     assert "video: 1 of 1 cannot be read" in shown
 
 
