@@ -543,12 +543,13 @@ def row_batches(source, batch_size, epochs, replicate, seed, start, pair):
     """Global batches of rows, from batch `start` on; what does not fill a batch is left out of an epoch."""
     indices, items = source.items(*pair)
     rows = indices[items >= 0]
-    batches = int(len(rows) * replicate) // batch_size
+    # None, where there are fewer items than a batch needs.
+    batches = int(len(rows) * replicate) // batch_size * (count_rows(source, pair)[1] >= batch_size)
     # An epoch that was trained before a resume costs nothing.
     for epoch in range(start // max(1, batches), epochs):
         passes = random_passes(rows, np.random.default_rng([seed, epoch]))
-        first = max(0, start - epoch * batches)
-        yield from itertools.islice(batches_of_items(passes, items, batch_size), first, batches)
+        of_epoch = batches_of_items(passes, items, batch_size)
+        yield from itertools.islice(of_epoch, max(0, start - epoch * batches), batches)
 
 
 def random_passes(rows, rng):

@@ -136,7 +136,10 @@ def shards(folder, count=5000, per_shard=500, repeats=3):
         other = statistics.median(took[what, "shards"])
         print(f"{count} pairs, medians of {repeats}, {what}: {one:.2f} s loose, {other:.2f} s shards "
               f"({one / other:.2f} x)")
-    resuming = [timed(lambda: next(tars.training_indices(0, count - 1, 0, 1))) for _ in range(3 * repeats)]
+    def resume():
+        next(tars.training_batches((), 1, 0, count - 1, 0, 1))
+
+    resuming = [timed(resume) for _ in range(3 * repeats)]
     print(f"resuming at the end of the first epoch: {statistics.median(resuming) * 1000:.0f} ms")
 
 

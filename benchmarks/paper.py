@@ -170,8 +170,15 @@ def table_row(row, result):
     return {"column": row.column, "measured": measured, "published": row.published, "chance": chance,
             "items": figures.get("queries", figures.get("items")), "bad": result.get("bad"),
             "absent": result.get("absent"), "others": row.others,
-            "prompts": len(result.get("prompts", [])) or None,
+            "prompts": in_words(result.get("prompts")),
             "note": "; ".join(filter(None, (result.get("note"), row.protocol)))}
+
+
+def in_words(prompts):
+    """Whose prompts a zero-shot figure was measured with; None for other figures."""
+    if prompts is None:
+        return None
+    return "CLIP's 80" if len(prompts) == 80 else f"{len(prompts)} of our own"
 
 
 def table(rows):

@@ -171,6 +171,11 @@ def test_llvip_crops_people_and_as_much_without_them(tmp_path):
     assert source.read(0, "image").shape == (60, 20, 3) and source.absent == 1  # the second has no annotation
     assert source.content == open_data(f"llvip:{tmp_path}", "test").content  # the same boxes every time
     assert open_data(f"llvip:{tmp_path}", "train").read(0, "thermal").shape == (100, 120)
+    crowd = note.replace("<xmin>10", "<xmin>0").replace("<xmax>30", "<xmax>110")  # leaves no room elsewhere
+    write(tmp_path, {"Annotations/1.xml": crowd})
+    paper.open_dataset.cache_clear()
+    source = open_data(f"llvip:{tmp_path}", "test")
+    assert [source.label(i) for i in range(len(source))] == [0, 0]  # the people are kept
 
 
 def test_ego4d_windows_are_found_by_time(tmp_path):

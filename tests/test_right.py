@@ -150,7 +150,7 @@ def captions(folder, header, row):
 def test_no_item_is_twice_in_a_batch_of_a_manifest(tmp_path, header, row):
     source = captions(tmp_path, header, row)
     pair = tuple(header.split(",")[:2])
-    assert data.count_rows(source, pair) == (320, 64)
+    assert data.count_rows(source, pair) == (320, 64) and not batches(source, 65, pair)
     drawn = batches(source, 50, pair, epochs=3, replicate=2.5)
     assert len(drawn) == 3 * (800 // 50)
     assert all(len({row // 5 for row in batch}) == 50 for batch in drawn)
@@ -322,6 +322,26 @@ def test_prompts_are_clip_s_where_they_can_be_had(big_vocabulary, monkeypatch, c
     said = "prompts of our own instead of CLIP's: https://x: cannot be downloaded\n"
     assert capsys.readouterr().err == said
     assert clip_weights.clip_prompts is not refuse
+
+
+def test_imagenet_has_clip_s_names_and_kinetics_400_has_400_classes(call, tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    table = "image,label\n" + "".join(f"a.png,n{i:04d}\n" for i in range(1000))
+    source = open_data(str(write(tmp_path, {"a.csv": table}) / "a.csv"))
+    source.dataset = "imagenet"
+    evaluate.prompts_of_clip.cache_clear()
+    names = [f"name {i}" for i in range(1000)]
+    monkeypatch.setattr(evaluate, "clip_prompts", lambda: (["a {}"], names))
+    used, named = [], evaluate.named_classes
+    monkeypatch.setattr(evaluate, "named_classes", lambda *args: used.append(args[3]) or named(*args))
+    options = evaluate.argparse.Namespace(modality="image", templates=None, class_names=None, partial=True,
+                                          batch_size=8, workers=0)
+    evaluate.zeroshot(options, ImageBind.load("model.pt"), source)
+    evaluate.prompts_of_clip.cache_clear()
+    assert used == [names]
+    source.dataset, options.partial = "kinetics400", False
+    with pytest.raises(UsageError, match="1000 classes, Kinetics-400 has 400; --partial"):
+        evaluate.zeroshot(options, ImageBind.load("model.pt"), source)
 
 
 # ---------------------------------------------------------------------------------------------
