@@ -249,7 +249,7 @@ EVALUATION = {
 # ---------------------------------------------------------------------------------------------
 # What training varies (paper, appendix B, table 9): the plain form, config, rng, view -> tensor
 #
-#   none     nothing but the moment at which a clip begins: IMU
+#   none     of pictures and maps nothing: IMU
 #   basic    random crop and flip: audio wants the picture no stronger (table 5d)
 #   strong   also RandAugment, colours, a rectangle erased: depth and thermal
 AUGMENTATIONS = ("none", "basic", "strong")
@@ -519,7 +519,7 @@ def count_rows(source, pair):
 
 
 def batch_keys(source, batch_size, epochs, replicate=1.0, seed=0, start=0, rank=0, world=1, pair=()):
-    """Keys of training batches for Samples: in each epoch every row `replicate` times, in random order.
+    """Keys of training batches for Samples: in each epoch about every row `replicate` times, in random order.
 
     No item is twice in a global batch, where each copy would be a negative of the other; of a pair, the rows
     that have both modalities are drawn. A process takes every world-th row of each global batch; of a

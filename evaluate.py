@@ -84,6 +84,8 @@ def ranks(queries, gallery, matches):
         before |= (scores == best[:, None]) & (order < best_order[:, None])
         # An int32 sum needs half the memory.
         rank[part] = 1 + before.sum(dim=1, dtype=torch.int32)
+        # A match that is not a number is last, but it is there.
+        rank[part][query] = rank[part][query].clamp(max=G)
     return rank
 
 
@@ -228,21 +230,21 @@ def right_matches(source, match, a, q, b, g):
     if match == "class":
         of_q, of_g = truth(source, q).float(), truth(source, g).float()
         return lambda part: of_q[part] @ of_g.T > 0
-    # Where each row's two items stand in q and g
-    of_a, of_b = (source.items(m)[1] for m in (a, b))
-    place_in_q = {index: place for place, index in enumerate(q.indices.tolist())}
-    place_in_g = {index: place for place, index in enumerate(g.indices.tolist())}
-    rows = zip(of_a.tolist(), of_b.tolist())
-    places = [(place_in_q[i], place_in_g[j]) for i, j in rows if i in place_in_q and j in place_in_g]
-    query, item = torch.tensor(places, dtype=torch.long).reshape(-1, 2).T
+    query, item = places(source, a, q), places(source, b, g)
 
     def matches(part):
         found = torch.zeros(len(q.z[part]), len(g.z), dtype=torch.bool)
-        inside = (query >= part.start) & (query < part.stop)
+        inside = (item >= 0) & (query >= part.start) & (query < part.stop)
         found[query[inside] - part.start, item[inside]] = True
         return found
 
     return matches
+
+
+def places(source, modality, items):
+    """Where each sample's item stands in Embedded items: (samples,), -1 where it does not."""
+    place = {index: n for n, index in enumerate(items.indices.tolist())}
+    return torch.tensor([place.get(index, -1) for index in source.items(modality)[1].tolist()])
 
 
 def truth(source, items):
@@ -504,6 +506,8 @@ def retrieval(args, model, source):
     """Searches the gallery's items for those of the query's modality, and the other way round."""
     added = args.gallery.split("+")
     require_joined(model, source, args.query, *added)
+    if args.query in added:
+        raise UsageError(f"every {args.query} would find itself: name two modalities")
     if args.match == "class" and not source.classes:
         raise UsageError("--match class needs data with classes (a label column)")
     q = embed_items(model, source, args.query, args.batch_size, args.workers)
@@ -523,16 +527,14 @@ def embed_sum(args, model, source, modalities):
     parts = [embed_items(model, source, m, args.batch_size, args.workers) for m in modalities]
     if len(parts) == 1:
         return parts[0]
-    if len(args.weights) != len(parts):
-        raise UsageError(f"--weights: {len(args.weights)} for the {len(parts)} modalities of {args.gallery}")
-    # An item is known by its first row, which is the same in all.
-    in_all = set.intersection(*(set(part.indices.tolist()) for part in parts))
-    total = 0
-    for part, weight in zip(parts, args.weights):
-        kept = [i in in_all for i in part.indices.tolist()]
-        total = total + weight * part.z[kept]
+    weights = args.weights or ([0.95, 0.05] if modalities == ["video", "audio"] else [1.0] * len(parts))
+    if len(weights) != len(parts):
+        raise UsageError(f"--weights: {len(weights)} for the {len(parts)} modalities of {args.gallery}")
+    at = torch.stack([places(source, m, part) for m, part in zip(modalities, parts)])  # (parts, samples)
+    at = at[:, (at >= 0).all(0)].unique(dim=1)  # of samples that have all
+    total = sum(weight * part.z[place] for weight, part, place in zip(weights, parts, at))
     bad = sum((part.bad for part in parts), [])
-    return Embedded(F.normalize(total, dim=-1), part.indices[kept], part.labels[kept], bad)
+    return Embedded(F.normalize(total, dim=-1), parts[0].indices[at[0]], parts[0].labels[at[0]], bad)
 
 
 def matrix(args, model, source):
@@ -667,14 +669,13 @@ def parse_args():
             add[name]("--allow-outside", action="store_true", help="read files outside a CSV's folder, too")
             add[name]("--batch-size", type=cli.positive, default=64)
             add[name]("--workers", type=cli.count, default=2)
-    add["zeroshot"]("--modality", choices=MODALITIES, required=True)
+    add["zeroshot"]("--modality", choices=[m for m in MODALITIES if m != "text"], required=True)
     add["zeroshot"]("--templates", type=cli.read_lines, help="a file of prompts, a line each, {}: the class")
     add["zeroshot"]("--class-names", type=cli.read_lines, help="a file of names, a line each; several by |")
     add["zeroshot"]("--partial", action="store_true", help="classes without items are passed over")
     add["retrieval"]("--query", choices=MODALITIES, required=True)
     add["retrieval"]("--gallery", type=cli.parse_sum, required=True, help="one, or a sum: video+audio")
-    add["retrieval"]("--weights", type=float, nargs="+", default=[0.95, 0.05],
-                     help="of what is added up (default: the paper's for video+audio)")
+    add["retrieval"]("--weights", type=float, nargs="+", help="of a sum (video+audio: 0.95 0.05; else equal)")
     add["retrieval"]("--match", choices=("item", "class"), default="item", help="what is right for a query")
     add["fewshot"]("--modality", choices=MODALITIES, required=True)
     add["fewshot"]("--shots", type=cli.positive, nargs="+", default=[1, 2, 4, 8], help="items per class")

@@ -154,9 +154,9 @@ def settings_for(args, leader, rows, items=None):
                          "start fewer, or take a larger --batch-size, or more data")
     settings["batch_size"] = batch_size
     settings["steps_per_epoch"] = per_epoch // batch_size
-    # --steps shortens the warm-up with the schedule, or lengthens the schedule alone.
-    schedule = settings["epochs"] * settings["steps_per_epoch"]
-    settings["steps"] = args.steps or schedule
+    # A shorter schedule has a shorter warm-up, a longer one the same.
+    schedule = (row if args.warmup is None else settings)["epochs"] * settings["steps_per_epoch"]
+    settings["steps"] = args.steps or settings["epochs"] * settings["steps_per_epoch"]
     settings["warmup"] *= min(1, settings["steps"] / schedule)
     return settings
 

@@ -156,7 +156,7 @@ def options_of(args, row):
     query, _, gallery = row.what.partition("->")
     partial = row.dataset != "kinetics400"  # whose 400 classes tell it from Kinetics-600
     return argparse.Namespace(modality=query, query=query, gallery=gallery, templates=None, class_names=None,
-                              partial=partial, match="item", weights=[0.95, 0.05],
+                              partial=partial, match="item", weights=None,
                               batch_size=args.batch_size, workers=args.workers)
 
 

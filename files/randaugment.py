@@ -2,7 +2,7 @@
 
 Two random operations, of strength 9 of 10 with a deviation of 0.5. What moves pixels moves those of a depth
 or thermal map, too. It differs from the usual one (timm's, whose name 9/0.5 is) in this: both operations are
-always applied, posterize keeps 1 to 4 bits, and SolarizeAdd is left out.
+always applied, posterize keeps 1 or 2 bits, and SolarizeAdd is left out.
 """
 
 from math import cos, nan, sin

@@ -49,7 +49,7 @@ class Run:
         versions = {name: version(name) for name in ("torch", "torchaudio", "numpy", "pillow")}
         versions["python"] = platform.python_version()
         config = vars(args) | {"command": sys.argv, "data_fingerprint": fingerprint,
-                               "code": training_code_digest(), "versions": versions}
+                               "code": code_digest(*TOY_CODE), "versions": versions}
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     def read_config(self):
@@ -131,7 +131,7 @@ class Run:
 
     def of_other_code(self):
         """Whether the run was made by other code or settings than today's."""
-        return self.read_config().get("code") not in (None, training_code_digest())
+        return self.read_config().get("code") not in (None, code_digest(*TOY_CODE))
 
     def finished(self):
         """Whether the last thing this run logged is its final evaluation."""
@@ -205,11 +205,6 @@ ROOT = Path(__file__).parent.parent
 # What a sample, the loss and a step depend on; evaluating an anchor does not change it
 TOY_CODE = ("model.py", "loss.py", "data.py", "train.py", "clip_weights.py", "files/decode.py",
             "sources/base.py", "sources/toy.py")
-
-
-def training_code_digest():
-    """Digest of all code and settings that the toy anchor depends on."""
-    return code_digest(*TOY_CODE)
 
 
 def code_digest(*patterns):

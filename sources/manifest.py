@@ -29,7 +29,7 @@ class Table(Source):
     fold          number of a cross-validation fold
     item          rows of the same item share it. Rows with the same file, and the same box and start, are of
                   one item anyway
-    box           x0 y0 x1 y1 in pixels: the part of a picture or thermal map to read
+    box           x0 y0 x1 y1 in pixels: the part of a picture or map to read
     start         seconds: where the clip begins in a recording of sound, video or IMU
     seconds       length of that clip
     baseline      metres between a depth camera's emitter and sensor (read_depth)
@@ -137,8 +137,8 @@ class Table(Source):
         return np.arange(len(self)), self.known_items[modalities]
 
     def find_items(self, modalities):
-        # What tells items apart, each a list of columns; a cell may be a part of its file.
-        parts = [[m, "box", "start", "seconds"] for m in modalities if m != "text" or len(modalities) == 1]
+        # What tells items apart, each a list of columns: a cell, and which part of its file is meant.
+        parts = [[m, PART_OF.get(m)] for m in modalities if m != "text" or len(modalities) == 1]
         if modalities != ("text",):
             parts.append(["item"])
         parts = [[column for column in part if column in self.header] for part in parts]
@@ -237,6 +237,8 @@ def ends_in_quotes(file, begin):
 # From a row to the part of a file that it means
 
 
+# The column that says which part of a modality's file a row means
+PART_OF = dict(image="box", depth="box", thermal="box", audio="start", video="start", imu="start")
 # Columns that say how a modality's files are read: the reader's option of each
 OPTIONS = {
     "depth": {"baseline": "baseline", "focal_length": "focal_length",
@@ -253,7 +255,7 @@ def read_file(modality, path, row):
             options[option] = float(row[column])
     if modality in ("image", "thermal", "depth"):
         x = READERS[modality](path, **options)
-        return cut_box(x, row["box"]) if row.get("box") and modality != "depth" else x
+        return cut_box(x, row["box"]) if row.get("box") else x
     if not row.get("start"):  # `seconds` alone is only a fact about the file
         return READERS[modality](path)
     if not row.get("seconds"):
@@ -264,7 +266,7 @@ def read_file(modality, path, row):
 def read_clip(modality, path, start, seconds):
     """The plain form of a clip of sound, video or IMU, where the file may hold more than the clip."""
     if modality == "imu":
-        return read_imu(imu_window(path, start, seconds))
+        return read_imu(imu_window(path, start, seconds) if path.suffix.lower() == ".csv" else path)
     if modality == "audio":
         x = READERS["audio"](path, start, seconds)  # (channels, T), which may be cut already
         first, last = clip_in_file(x.shape[1], SAMPLE_RATE, start, seconds)
@@ -289,8 +291,8 @@ def clip_in_file(size, rate, start, seconds):
 
 def cut_box(picture, box):
     """The part of (H, W, ...) inside a box, "x0 y0 x1 y1" in pixels."""
-    x0, y0, x1, y1 = map(int, box.split())
-    part = picture[y0:y1, x0:x1]  # numpy cuts a box that sticks out
+    x0, y0, x1, y1 = [max(0, int(side)) for side in box.split()]
+    part = picture[y0:y1, x0:x1]  # numpy cuts a box that sticks out on the other sides
     if 0 in part.shape:
         raise DataError(f"the box {box} is not in the picture")
     return part

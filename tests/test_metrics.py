@@ -251,7 +251,7 @@ def test_the_parts_of_a_picture_are_searched_one_by_one(monkeypatch):
     ("arithmetic --add sound=a.wav --data esc50:. --gallery audio", "not 'sound'"),
     ("arithmetic", "examples/arithmetic.py"),
     ("retrieval --query audio --gallery video+sound --data esc50:.", "sound: not one of"),
-    ("retrieval --query audio --gallery audio --match class --data nolabel.csv", "--match class needs")])
+    ("zeroshot --modality text", "invalid choice: 'text'")])
 def test_wrong_use_is_one_line(call, tmp_path, options, message):
     small_esc50(tmp_path)
     write(tmp_path, {"one.txt": "a sound\n", "nolabel.csv": "audio\na.wav\n"})

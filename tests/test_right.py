@@ -271,14 +271,52 @@ def test_embeddings_of_two_modalities_are_added_by_their_weights(call, tmp_path)
     write(tmp_path, {"a.csv": table + "0.png,alone,\n"} | sounds)
     model, source = ImageBind.load("model.pt"), open_data("a.csv")
     z = {m: evaluate.embed_items(model, source, m).z for m in ("image", "text", "audio")}
-    expected = F.normalize(0.95 * z["image"] + 0.05 * z["audio"], dim=1)
+    expected = F.normalize(0.9 * z["image"] + 0.1 * z["audio"], dim=1)
     order = (z["text"][:6] @ expected.T).argsort(dim=1, descending=True)
     rank = [order[i].tolist().index(i) + 1 for i in range(6)]
-    result = call("retrieval", "--query", "text", "--gallery", "image+audio", "--data", "a.csv")
+    result = call("retrieval", "--query", "text", "--gallery", "image+audio", "--data", "a.csv",
+                  "--weights", "0.9", "0.1")
     assert result["text->image+audio"]["median_rank"] == pytest.approx(np.median([*rank, rank[0]]), abs=1.01)
     assert result["text->image+audio"]["items"] == 6
     with pytest.raises(UsageError, match="--weights: 1 for the 2 modalities"):
         call("retrieval", "--query", "text", "--gallery", "image+audio", "--data", "a.csv", "--weights", "1")
+
+
+def test_a_sum_needs_all_its_parts_and_a_query_is_not_searched_among_itself(call, tmp_path):
+    """A picture whose first row lacks the sound still has its sum: 0.png's stands in the second row."""
+    for i in range(2):
+        Image.fromarray(ToyWorld().read(i, "image")).save(tmp_path / f"{i}.png")
+    table = "image,text,audio\n0.png,first,\n0.png,second,0.wav\n1.png,third,1.wav\n"
+    write(tmp_path, {"a.csv": table, "0.wav": 0.2, "1.wav": 0.4})
+    result = call("retrieval", "--query", "text", "--gallery", "image+audio", "--data", "a.csv")
+    assert result["text->image+audio"]["items"] == 2 and result["text->image+audio"]["queries"] == 3
+    with pytest.raises(UsageError, match="every image would find itself"):
+        call("retrieval", "--query", "image", "--gallery", "image", "--data", "a.csv")
+
+
+def test_a_score_that_is_not_a_number_counts_as_a_miss():
+    z = torch.eye(4)
+    bad = z.clone()
+    bad[2] = torch.nan
+    figures = evaluate.search(bad, z, evaluate.equal_labels(torch.arange(4), torch.arange(4)))
+    assert (figures["R@1"], figures["without_match"], figures["queries"]) == (0.75, 0, 4)
+
+
+def test_a_picture_is_one_item_whatever_part_of_a_sound_stands_beside_it(tmp_path):
+    table = "image,audio,text,start,seconds\ncover.jpg,song.wav,a dog,0,2\ncover.jpg,song.wav,a dog,10,2\n"
+    source = open_data(str(write(tmp_path, {"m.csv": table}) / "m.csv"))
+    assert [source.items(m)[1].tolist() for m in ("image", "audio", "text")] == [[0, 0], [0, 1], [0, 0]]
+    assert data.count_rows(source, ("image", "audio")) == (2, 1)
+
+
+def test_a_shorter_schedule_has_a_shorter_warm_up():
+    def warmup(*options):
+        args = train.parse_args(["--pair", "image-audio", "--data", "x.csv", *options])
+        return train.settings_for(args, "audio", 10_000)["warmup"]
+
+    assert warmup() == 2 and warmup("--epochs", "128") == 2
+    assert warmup("--epochs", "2") == pytest.approx(2 * 2 / 64)
+    assert warmup("--epochs", "2", "--warmup", "1") == 1
 
 
 def test_classes_with_equal_prompts_are_named(call, tmp_path, capsys):
