@@ -17,8 +17,8 @@ from model import MODALITIES
 from sources.base import Source
 
 COLUMN_OF = {  # by the ending of a file's name, all that follows its first dot
-    "jpg": "image", "jpeg": "image", "png": "image", "depth.png": "depth", "thermal.png": "thermal",
-    "wav": "audio", "flac": "audio", "mp3": "audio", "ogg": "audio", "mp4": "video",
+    "jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "depth.png": "depth",
+    "thermal.png": "thermal", "wav": "audio", "flac": "audio", "mp3": "audio", "ogg": "audio", "mp4": "video",
     "imu.npy": "imu", "txt": "text", "cls": "label",
 }
 SHARD_STRIDE = 2**40  # index of a sample = SHARD_STRIDE * number of its shard + byte where it begins
@@ -257,7 +257,8 @@ def tar_files(file):
             tar.members = []  # it would keep them all
             if member.offset_data + member.size > end:  # the content is cut off
                 break
-            if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            # ._NAME is what macOS puts beside a file.
+            if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and "/._" not in f"/{member.name}":
                 yield *split_name(member.name), member.offset, member.offset_data, member.size
             at = tar.offset
     except (tarfile.TarError, ValueError, OverflowError):

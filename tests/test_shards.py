@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from sources.shards import tar_files
+from sources.shards import tar_files, tar_samples
 
 
 def header(name, size):
@@ -25,3 +25,12 @@ def test_no_size_leads_back_or_beyond_the_end(tmp_path, size):
         found = list(itertools.islice(tar_files(file), 10))
     # damaged from there on
     assert [(stem, first) for stem, _, first, _, _ in found] == [("a", 0), (None, 512)]
+
+
+def test_what_macos_puts_beside_files_cuts_no_sample_in_two(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("./._0.webp", "0.webp", "./._0.txt", "0.txt", "._1.webp", "1.webp"):
+            tar.addfile(tarfile.TarInfo(name))
+    with open(tmp_path / "a.tar", "rb") as file:
+        found = [(stem, list(places)) for _, stem, places in tar_samples(file)]
+    assert found == [("0", ["image", "text"]), ("1", ["image"])]
