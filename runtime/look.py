@@ -48,7 +48,7 @@ def show_split(source, split):
 
 
 # Where the median of a modality's tensors lies when its units are those that the encoder is trained on
-USUAL = {"image": (-1.9, 2.1), "video": (-1.9, 2.1), "audio": (-1.2, 1.2), "depth": (-1.2, 1.5),
+USUAL = {"image": (-1.9, 2.1), "video": (-1.9, 2.1), "audio": (-1.3, 1.2), "depth": (-1.2, 1.5),
          "thermal": (0.02, 0.98), "imu": (-15.0, 15.0)}
 
 
