@@ -228,7 +228,7 @@ def right_matches(source, match, a, q, b, g):
     """
     # Who shares a class: a product of which has which.
     if match == "class":
-        of_q, of_g = truth(source, q).float(), truth(source, g).float()
+        of_q, of_g = truth(source, a, q).float(), truth(source, b, g).float()
         return lambda part: of_q[part] @ of_g.T > 0
     query, item = places(source, a, q), places(source, b, g)
 
@@ -247,11 +247,12 @@ def places(source, modality, items):
     return torch.tensor([place.get(index, -1) for index in source.items(modality)[1].tolist()])
 
 
-def truth(source, items):
-    """Which of Embedded items has which class: (N, C) bool."""
+def truth(source, modality, items):
+    """Which of Embedded items has which class, by any of the samples about it: (N, C) bool."""
     which = torch.zeros(len(items.z), len(source.classes), dtype=torch.bool)
-    for row, index in enumerate(items.indices.tolist()):
-        which[row, source.labels(index)] = True
+    for index, place in zip(source.items(modality)[0].tolist(), places(source, modality, items).tolist()):
+        if place >= 0:
+            which[place, source.labels(index)] = True
     return which
 
 
@@ -449,16 +450,16 @@ def zeroshot(args, model, source):
     result = {"modality": args.modality, "items": len(items.z), "classes": C, "prompts": list(templates)}
     result |= left_out(source, items.bad, [args.modality])
     score = score_many_labels if source.multi_label else score_one_label
-    return result | score(source, items, classes, owner, least=0 if args.partial else 1)
+    return result | score(args, source, items, classes, owner)
 
 
-def score_one_label(source, items, classes, owner, least):
+def score_one_label(args, source, items, classes, owner):
     """Top-1, top-5 (among all names), mean per class and top-1 per fold of the items that have a class."""
     C = len(source.classes)
     # Items without a class are counted, not scored.
     labelled = with_class(items)
     counts = torch.bincount(labelled.labels, minlength=C)
-    require_items(counts, source.classes, least)
+    require_items(counts, source.classes, 0 if args.partial else 1)
     rank = ranks(labelled.z, classes, equal_labels(labelled.labels, owner))
     right = (rank == 1).double()
     per_class = torch.bincount(labelled.labels, right, C) / counts
@@ -475,14 +476,14 @@ def score_one_label(source, items, classes, owner, least):
     return result
 
 
-def score_many_labels(source, items, classes, owner, least):
+def score_many_labels(args, source, items, classes, owner):
     """Mean average precision over the classes, for items that may have several."""
     C = len(source.classes)
     if len(owner) != C:
         raise UsageError("several names for a class, by |, are for data with one label per item")
-    which = truth(source, items)  # (N, C)
+    which = truth(source, args.modality, items)  # (N, C)
     counts = which.sum(0)
-    require_items(counts, source.classes, least)
+    require_items(counts, source.classes, 0 if args.partial else 1)
     # Classes without items count in neither mean. A random order has the precision of its share of items.
     precision = mean_average_precision(items.z, which, classes).nanmean().item()
     chance = which.double().mean(0)[counts > 0].mean().item()

@@ -261,6 +261,14 @@ def test_retrieval_says_by_what_it_matched(call, tmp_path, capsys):
     assert call("retrieval", *options, "b.csv")["text->image"] == by_item["text->image"]
 
 
+def test_an_item_has_the_classes_of_all_its_rows(tmp_path):
+    table = "image,text,label\n0.png,a thing,cat\n1.png,a thing,dog\n2.png,another,dog\n"
+    source = open_data(str(write(tmp_path, {"m.csv": table}) / "m.csv"))
+    q, g = perfect(source, "image", lambda i: i), perfect(source, "text", lambda i: i)
+    right = evaluate.right_matches(source, "class", "image", q, "text", g)(slice(0, 3))
+    assert right.tolist() == [[True, False], [True, True], [True, True]]
+
+
 def test_embeddings_of_two_modalities_are_added_by_their_weights(call, tmp_path):
     table = "image,text,audio\n"
     sounds = {}
