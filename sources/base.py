@@ -71,8 +71,18 @@ class Source:
     def items(self, *modalities):
         """The index (N,) of every sample, and its item (N,): the index of the first sample about it.
 
-        The item is -1 where a sample lacks one of the modalities. By default each sample is its own item.
+        The item is -1 where a sample lacks one of the modalities.
         """
+        if modalities not in self.known_items:
+            self.known_items[modalities] = self.find_items(modalities)
+        return self.known_items[modalities]
+
+    @cached_property
+    def known_items(self):
+        return {}  # what find_items answered, because many ask
+
+    def find_items(self, modalities):
+        """What `items` says. By default each sample is its own item and has every modality."""
         return np.arange(len(self)), np.arange(len(self))
 
     def training_batches(self, pair, share, seed, start, rank, world):

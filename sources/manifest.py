@@ -56,7 +56,6 @@ class Table(Source):
         self.content = content
         self.absent = absent
         self.allow_outside = allow_outside
-        self.known_items = {}  # by modalities: see items
         with errors_named(path), self.open_csv() as file:
             self.offsets = row_offsets(file)  # (rows + 2,): of the header, of each row, of the end
             self.header = [cell.strip() for cell in self.cells(0, file)]
@@ -127,16 +126,11 @@ class Table(Source):
                 except ValueError:  # DataError and UnicodeDecodeError are ValueErrors
                     yield dict.fromkeys(self.header, "")
 
-    def items(self, *modalities):
+    def find_items(self, modalities):
         """As Source says. Rows with equal cells of a modality are of one item, and rows of equal `item`.
 
         Equal texts are one item where only text is asked for: a caption may suit several pictures.
         """
-        if modalities not in self.known_items:
-            self.known_items[modalities] = self.find_items(modalities)
-        return np.arange(len(self)), self.known_items[modalities]
-
-    def find_items(self, modalities):
         # What tells items apart, each a list of columns: a cell, and which part of its file is meant.
         parts = [[m, PART_OF.get(m)] for m in modalities if m != "text" or len(modalities) == 1]
         if modalities != ("text",):
@@ -153,7 +147,7 @@ class Table(Source):
         first = first_connected([numbers for _, _, numbers in keys], len(complete))
         items = np.full(len(self), -1)
         items[complete] = np.array(complete, dtype=int)[first]
-        return items
+        return np.arange(len(self)), items
 
     # Files
 
@@ -322,7 +316,7 @@ def imu_window(path, start, seconds):
             """The time of the first row that has one, from a byte on."""
             file.seek(byte - 1)  # where a row begins at this very byte, its newline is read first
             file.readline()
-            return next((second(row) for row in file if not math.isnan(second(row))), math.inf)
+            return next((at for at in map(second, file) if not math.isnan(at)), math.inf)
 
         def rows_from(byte, all_of_it):
             """[[second, 6 numbers], ...] of the window's rows that have all, by time."""
@@ -338,8 +332,7 @@ def imu_window(path, start, seconds):
                     break
             return sorted(found)
 
-        bytes_of_rows = range(head, path.stat().st_size)
-        place = head + bisect_left(bytes_of_rows, start, key=second_from)
+        place = head + bisect_left(range(head, path.stat().st_size), start, key=second_from)
         for begin, all_of_it in ((place, False), (head, True)):
             found = rows_from(begin, all_of_it)
             times = np.array([start, *(row[0] for row in found), start + seconds])

@@ -95,18 +95,18 @@ class Shards(Source):
                 yield first, None
 
     def indices(self):
-        for index, _ in self.walk(range(len(self.paths))):
-            yield index
+        return (index for index, _ in self.walk(range(len(self.paths))))
 
     def having(self, modalities, shards):
         """Index of every sample of these shards that has the modalities, or is damaged."""
         wanted = set(modalities)
         return [index for index, columns in self.walk(shards) if columns is None or columns >= wanted]
 
-    def items(self, *modalities):
-        indices = np.array(list(self.indices()))
-        complete = self.having(modalities, range(len(self.paths)))
-        return indices, np.where(np.isin(indices, complete), indices, -1)
+    def find_items(self, modalities):
+        wanted = set(modalities)
+        indices, columns = zip(*self.walk(range(len(self.paths))))  # one walk: it reads every header
+        complete = [found is None or found >= wanted for found in columns]
+        return np.array(indices), np.where(complete, indices, -1)
 
     def parts(self):
         return len(self.paths)
