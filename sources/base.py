@@ -13,6 +13,19 @@ import numpy as np
 
 from files.decode import DataError
 
+# The endings that say what a file holds, in folders, in shards and in the paper's data sets
+ENDINGS = {
+    "image": "jpg jpeg png webp bmp gif tif tiff ppm",
+    "audio": "wav flac mp3 ogg opus m4a aac",
+    "video": "mp4 webm mkv avi mov m4v mpg",
+    "depth": "depth.png depth.npy depth.tif depth.tiff",
+    "thermal": "thermal.png thermal.jpg thermal.tif thermal.tiff",
+    "imu": "imu.npy imu.csv",
+    "text": "txt",
+    "label": "cls",
+}
+COLUMN_OF = {ending: column for column, endings in ENDINGS.items() for ending in endings.split()}
+
 
 class Source:
     """Samples by index, read one modality at a time."""
@@ -23,6 +36,7 @@ class Source:
     crop_scale = (0.35, 1.0)  # smallest and largest share of a picture's area that training crops
     multi_label = False  # whether a sample may have several classes, by a column `labels` instead of `label`
     absent = 0  # items that a data set lists and whose files are not there
+    reasons = {}  # of a data set, why items are left out: {reason: [how many, the first of them]}
     has_splits = False  # whether it has held-out samples of its own, as split "test"
     dataset = None  # its name among the data sets of the paper
     note = ""  # which of several lists a data set was read from

@@ -14,13 +14,8 @@ import numpy as np
 
 from files.decode import MAX_BYTES, READERS, DataError, read_text
 from model import MODALITIES
-from sources.base import Source
+from sources.base import COLUMN_OF, Source
 
-COLUMN_OF = {  # by the ending of a file's name, all that follows its first dot
-    "jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "depth.png": "depth",
-    "thermal.png": "thermal", "wav": "audio", "flac": "audio", "mp3": "audio", "ogg": "audio", "mp4": "video",
-    "imu.npy": "imu", "txt": "text", "cls": "label",
-}
 SHARD_STRIDE = 2**40  # index of a sample = SHARD_STRIDE * number of its shard + byte where it begins
 COUNTED = 16  # shards whose samples are counted to know the size of an epoch
 BUFFER = 4096  # samples that a shuffled stream chooses from
