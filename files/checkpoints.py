@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from files.errors import DataError, require
+
 # What a TorchScript archive calls the types of its numbers
 STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
             "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32}
@@ -59,8 +61,8 @@ def read_checkpoint(path, mmap=False):
 def require_uncompressed(members):
     """ValueError if members of a zip are compressed: no tensor is, and one can expand a thousandfold."""
     for member in members:
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("its contents are compressed, as no checkpoint's are")
+        stored = member.compress_type == zipfile.ZIP_STORED
+        require(stored, "its contents are compressed, as no checkpoint's are")
 
 
 def require_stored(content):
@@ -97,7 +99,7 @@ def errors_of_file(path):
         yield
     except Exception as error:
         reason = f"cut short, or not a checkpoint ({type(error).__name__})"
-        if type(error) in (ValueError, PermissionError):  # ours, whose message is meant for a reader
+        if type(error) in (ValueError, DataError, PermissionError):  # ours, meant for a reader
             reason = " ".join(str(error)[:1000].split())  # names in a stranger's file may hold line ends
         if "GLOBAL" in str(error):  # torch.load met something to import
             what = re.search(r"GLOBAL (\S+)", str(error))
@@ -149,8 +151,8 @@ def read_parts(index):
     for name in sorted(set(read_json(index)["weight_map"].values())):
         part = index.parent / name
         # a stranger's index may name any file, itself too
-        if Path(name).name != name or part.suffix == ".json" or not part.is_file():
-            raise ValueError(f"{name}, which it lists as a part of the weights, is no file beside it")
+        beside = Path(name).name == name and part.suffix != ".json" and part.is_file()
+        require(beside, f"{name}, which it lists as a part of the weights, is no file beside it")
         with errors_of_file(name):
             tensors |= read_weights(part)[0]
     return tensors
@@ -168,8 +170,7 @@ def unwrap(content):
     tensors = {}
     for name, value in content.items():
         name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        if name in tensors:
-            raise ValueError(f"{name} is there twice")
+        require(name not in tensors, f"{name} is there twice")
         if isinstance(value, torch.Tensor):
             tensors[name] = value
     content.clear()
@@ -296,8 +297,7 @@ def cached(address, digest, notice=None):
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         found = download(address, partial)
-        if digest not in (None, found):
-            raise ValueError(f"{address}: the file has SHA-256 {found}, not {digest}; it was deleted")
+        require(digest in (None, found), f"{address}: its SHA-256 is {found}, not {digest}; it was deleted")
         os.replace(partial, target)
     except (OSError, HTTPException) as error:
         reason = f"cannot be downloaded ({error}); put the file at {target} by hand"

@@ -1,4 +1,4 @@
-"""One item, a file or its bytes, to the plain form of its modality, or a DataError that says why not.
+"""One item, a file, its bytes or what is in memory, to the plain form of its modality, or a DataError.
 
 Files may be damaged, or come from a stranger: read them through here, not by a library's own `open`.
 Every reader goes through the same walls first. `plain_file` refuses what never ends, `read_bytes`
@@ -11,9 +11,10 @@ decoded must be finite. A new reader gets its bytes from `read_bytes` and has a 
 
 import csv
 import io
+import json
 import math
 import struct
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 import torchaudio
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from files.errors import DataError, require
 
 SAMPLE_RATE = 16000  # Hz
 
@@ -35,6 +38,7 @@ MAX_ROW = 2**24  # bytes in a row of a table, or in a .csv of numbers
 
 # Pillow's formats that start no other program, as EPS starts Ghostscript
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FILE = (str, Path, bytes)  # what stands for a file; anything else is its content: a picture, numbers
 NPY = b"\x93NUMPY"  # the first bytes of a .npy file
 
 # Format code and bits of a WAV file -> how a sample is stored, and the factor that brings it to -1..1
@@ -48,26 +52,6 @@ WAV_FORMATS = {
 }
 TORCHCODEC_WAVS = (6, 7, 85)  # A-law, mu-law, MP3
 BLOCK_WAVS = (2, 17)  # Microsoft's and IMA's ADPCM: blocks of many samples, each on its own
-
-
-class DataError(ValueError):
-    """An item that cannot be read; the message names it and says why."""
-
-
-@contextmanager
-def errors_named(item):
-    """Turns any exception while an item is prepared into a DataError: one line that begins with its name."""
-    name = " ".join(str(item)[:200].split())
-    try:
-        yield
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        if isinstance(error, FileNotFoundError):
-            reason = "no such file"
-        reason = " ".join(reason[:1000].split())
-        if not reason.startswith(f"{name}: "):  # a nested errors_named may have named it
-            reason = f"{name}: {reason}"
-        raise DataError(reason) from error
 
 
 # The walls
@@ -87,30 +71,51 @@ def read_bytes(item):
         return item
     path = plain_file(item)
     size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise DataError(f"{size:,} bytes, more than {MAX_BYTES:,}")
+    require(size <= MAX_BYTES, f"{size:,} bytes, more than {MAX_BYTES:,}")
     return path.read_bytes()
 
 
 def check_size(width, height, limit=MAX_PIXELS):
     """DataError for a picture that would not fit in memory, whole or with its short side resized."""
-    if width * height > limit:
-        raise DataError(f"{width} x {height} pixels, more than {limit:,}")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+    require(width * height <= limit, f"{width} x {height} pixels, more than {limit:,}")
+    require(max(width, height) <= MAX_ASPECT * min(width, height),
+            f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
 def open_picture(item, limit=MAX_PIXELS):
-    """A Pillow picture, decoded after its size was checked; its file is out of memory then."""
-    content = io.BytesIO(read_bytes(item))
+    """A Pillow picture of a file, of a Pillow picture or of numbers, decoded after its size was checked.
+
+    A JPEG of up to four times the limit, as phones make them, is decoded at half its width and height.
+    """
+    if not isinstance(item, FILE):
+        picture = item if isinstance(item, Image.Image) else picture_of(item)
+        check_size(*picture.size, limit)
+        return picture.copy()  # it will be turned upright
     try:
-        picture = Image.open(content, formats=PICTURES)
+        picture = Image.open(io.BytesIO(read_bytes(item)), formats=PICTURES)
     except UnidentifiedImageError:
         raise DataError(f"not a picture, or damaged ({', '.join(PICTURES)} are read)") from None
-    check_size(picture.width, picture.height, limit)
-    with content:
-        picture.load()
+    width, height = picture.size
+    # a progressive JPEG is held in memory whole before it is made smaller
+    if picture.format == "JPEG" and limit < width * height <= 4 * limit and "progressive" not in picture.info:
+        picture.draft(None, (width // 2, height // 2))
+    check_size(*picture.size, limit)
+    picture.load()
     return picture
+
+
+def picture_of(x):
+    """A Pillow picture of numbers: (H, W), (H, W, C) or (C, H, W), with 1, 3 or 4 channels."""
+    x = np.asarray(x)
+    if x.ndim == 3 and x.shape[0] in (1, 3, 4) and x.shape[2] not in (1, 3, 4):
+        x = np.moveaxis(x, 0, 2)
+    if x.ndim == 3 and x.shape[2] == 1:
+        x = x[..., 0]
+    if x.ndim == 3:
+        x = to_levels(x)
+    elif x.dtype.kind == "f":
+        x = x.astype(np.float32)
+    return Image.fromarray(np.ascontiguousarray(x))
 
 
 def read_npy(content):
@@ -122,7 +127,7 @@ def read_npy(content):
 
 
 def read_image(item):
-    """Picture file -> (H, W, 3) uint8: upright, on white where it is transparent, 16 bits as 256 levels.
+    """Picture -> (H, W, 3) uint8: upright, on white where it is transparent, 16 bits as 256 levels.
 
     The original ImageBind reads these otherwise: as they lie, without transparency, and cut off at white.
     """
@@ -155,10 +160,11 @@ def to_rgb(picture):
 
 
 def to_levels(x):
-    """Grey numbers (H, W) -> 256 levels, uint8: floats are 0..1, integers 16 bits."""
+    """Numbers of a picture -> 256 levels, uint8: floats are 0..1, integers 16 bits unless they are uint8."""
+    if x.dtype == np.uint8:
+        return x
     if x.dtype.kind == "f":
-        if not (x.min() >= 0 and x.max() <= 1):
-            raise DataError("a picture of floats holds 0 to 1; these are not")
+        require(x.min() >= 0 and x.max() <= 1, "a picture of floats holds 0 to 1; these are not")
         return np.round(x * 255).astype(np.uint8)
     return (x.clip(0, 65535) // 256).astype(np.uint8)
 
@@ -176,8 +182,7 @@ class Video:
         self.fps = metadata.average_fps
         self.count = len(self.decoder)
         self.begin = metadata.begin_stream_seconds
-        if not self.count or not self.fps:
-            raise DataError("no frames in it")
+        require(self.count and self.fps, "no frames in it")
 
     def frames(self, indices):
         """Frames by their numbers in the clip, as (T, 3, H, W) uint8.
@@ -195,6 +200,27 @@ class Video:
         return self
 
 
+class Frames(Video):
+    """Frames in memory as a video: (T, H, W, 3) or (T, 3, H, W), uint8 or floats of 0 to 1, or pictures."""
+
+    def __init__(self, x, fps):
+        x = to_levels(np.stack([np.asarray(frame) for frame in x]))
+        if x.ndim == 4 and x.shape[3] == 3:
+            x = np.moveaxis(x, 3, 1)
+        require(x.ndim == 4 and x.shape[1] == 3 and 0 < (fps or 0) < math.inf,
+                f"frames are (T, H, W, 3) with fps above 0, not {x.shape} with fps={fps}")
+        check_size(x.shape[3], x.shape[2], MAX_FRAME)
+        self.x, self.fps, self.count = torch.from_numpy(np.ascontiguousarray(x)), float(fps), len(x)
+
+    def frames(self, indices):
+        return self.x[[self.first + i for i in indices]]
+
+
+def read_video(item, fps=None):
+    """A Video: of a file, or of frames in memory, which play at `fps`."""
+    return Video(item) if isinstance(item, FILE) else Frames(item, fps)
+
+
 def import_torchcodec():
     """torchcodec with its decoders, imported only where a file needs it. DataError says how to install it."""
     try:
@@ -209,26 +235,40 @@ def import_torchcodec():
 
 
 def read_text(text):
-    """The text itself, stripped; DataError if nothing is left."""
-    text = str(text).strip()
-    if not text:
-        raise DataError("an empty text")
+    """The text itself, stripped."""
+    return str(text).strip()
+
+
+def read_caption(content):
+    """The text in the bytes of a .txt, or of the .json that img2dataset and CLAP write. Raises DataError."""
+    text = content.decode("utf-8-sig")
+    if text.lstrip().startswith("{"):
+        with suppress(ValueError):  # a caption may begin so, too
+            facts = json.loads(text)
+            text = facts.get("caption") or facts.get("text") or ""
+    if isinstance(text, list):  # CLAP's, several of one sound
+        text = text[0]
+    text = read_text(text)
+    require(text, "an empty text")
     return text
 
 
 # Audio
 
 
-def read_audio(item, start=0.0, seconds=None):
-    """Sound file -> waveform (channels, T), float32 at 16 kHz. All but plain WAV needs torchcodec.
+def read_audio(item, start=0.0, seconds=None, rate=None):
+    """Sound -> waveform (channels, T), float32 at 16 kHz. Of files all but plain WAV needs torchcodec.
 
+    rate: Hz, of samples in memory: (T,), (channels, T) or (T, channels).
     start, seconds: where the clip lies in a longer recording, of which it alone is read and returned. A file
     that ends before `start`, or is longer than the clip by no more than a second, is the clip itself.
     DataError also if there are no samples, too many, or any that is not finite.
     """
     start, seconds = float(start), float(seconds or 0)
-    if not (start >= 0 and seconds >= 0) or (start > 0 and seconds == 0):
-        raise DataError(f"a clip of {seconds:g} s from {start:g} s: say both, neither below 0")
+    clip = f"a clip of {seconds:g} s from {start:g} s"
+    require(0 <= start and 0 <= seconds and (seconds or not start), f"{clip}: say both, neither below 0")
+    if not isinstance(item, FILE):
+        return read_part(open_samples(item, rate), start, seconds)
     with io.BytesIO(item) if isinstance(item, bytes) else open(plain_file(item), "rb") as file:
         return read_part(open_wav(file) or open_compressed(item), start, seconds)
 
@@ -239,8 +279,7 @@ def read_part(sound, start, seconds):
     sound: its rate (Hz), channels, duration (s), and the function samples(begin, end) -> (channels, T).
     """
     rate, channels, duration, samples = sound
-    if not 1000 <= rate <= 768_000:
-        raise DataError(f"a sample rate of {rate} Hz")
+    require(1000 <= rate <= 768_000, f"a sample rate of {rate} Hz")
     ratio = Fraction(rate, SAMPLE_RATE)
     old, new, reach = grid(ratio)
     # the part wanted, in samples at 16 kHz: all of it, and one more than may be
@@ -252,16 +291,26 @@ def read_part(sound, start, seconds):
     begin = max(0, first // new * old - reach)
     end = (last // new + 1) * old + reach
     wave = samples(begin, min(end, begin + MAX_SAMPLES // channels + 1))
-    if wave.shape[1] == 0:
-        raise DataError("no sound in it")
+    require(wave.shape[1], "no sound in it")
     # a low rate multiplies the samples: they are counted as they are, and as they will be at 16 kHz
-    if wave.numel() * max(1.0, SAMPLE_RATE / rate) > MAX_SAMPLES:
-        raise DataError(f"more than {MAX_SAMPLES:,} samples over all channels: "
-                        "cut it, or say the clip's start and seconds")
-    if not wave.isfinite().all():
-        raise DataError("samples that are not finite")
+    count = wave.numel() * max(1.0, SAMPLE_RATE / rate)
+    require(count <= MAX_SAMPLES, f"more than {MAX_SAMPLES:,} samples over all channels: give start, seconds")
+    require(wave.isfinite().all(), "samples that are not finite")
     skip = begin // old * new
     return resample(wave, ratio)[:, first - skip : last - skip]
+
+
+def open_samples(x, rate):
+    """Samples in memory opened for read_part; integers are brought to -1..1 by what they can hold."""
+    x = np.atleast_2d(np.asarray(x))
+    require(rate and x.ndim == 2 and x.dtype.kind in "iuf",
+            f"samples are (channels, T), with their rate in Hz, not {x.shape} with rate={rate}")
+    if len(x) > x.shape[1]:
+        x = x.T
+    wave = torch.from_numpy(x.astype(np.float32))
+    if x.dtype.kind in "iu":
+        wave = wave / 2 ** (8 * x.dtype.itemsize - 1) - float(x.dtype.kind == "u")
+    return int(rate), len(x), x.shape[1] / rate, lambda begin, end: wave[:, begin:end]
 
 
 def open_wav(file):
@@ -287,8 +336,7 @@ def open_wav(file):
         each = 1
         block = bits // 8 * channels
         readable = (kind, bits) in WAV_FORMATS and block > 0
-    if not readable:
-        raise DataError(f"WAV format {kind} with {bits} bits, {channels} channels at {rate} Hz is not read")
+    require(readable, f"WAV format {kind} with {bits} bits, {channels} channels at {rate} Hz is not read")
     blocks = size // block  # a file cut short may end inside one
 
     def samples(begin, end):
@@ -417,16 +465,15 @@ def read_depth(item, baseline=0.075, focal_length=518.857901, scale=None, sunrgb
     baseline: metres between the sensor's emitter and camera (Kinect 0.075, RealSense and Xtion 0.095);
     focal_length: pixels, the first number of a scene's intrinsics.txt. The defaults are NYU-D's.
     """
-    x = depth_numbers(read_bytes(item))
+    x = depth_numbers(read_bytes(item)) if isinstance(item, FILE) else np.asarray(item)
     if x.ndim == 3 and 1 in (x.shape[0], x.shape[2]):  # (1, H, W) or (H, W, 1)
         x = x[0] if x.shape[0] == 1 else x[..., 0]
-    if x.ndim != 2 or x.dtype.kind not in "uif" or x.dtype.itemsize == 1:
-        raise DataError(f"a depth map is (H, W) floats or integers of 16 bits, not {x.dtype} {x.shape}")
+    require(x.ndim == 2 and x.dtype.kind in "uif" and x.dtype.itemsize > 1,
+            f"a depth map is (H, W) floats or integers of 16 bits, not {x.dtype} {x.shape}")
     check_size(x.shape[1], x.shape[0], MAX_MAP)
     usual = 1 if x.dtype.kind == "f" else 1000
     scale = 8000 if sunrgbd else scale or usual
-    if not (scale > 0 and baseline > 0 and focal_length > 0):
-        raise DataError("a depth map's scale, baseline and focal length are above 0")
+    require(scale > 0 and baseline > 0 and focal_length > 0, "scale, baseline, focal length are above 0")
     x = x.astype(np.float32)
     x /= scale
     return to_disparity(x, baseline, focal_length)
@@ -437,8 +484,7 @@ def depth_numbers(content):
     if content.startswith(NPY):
         return read_npy(content)
     picture = open_picture(content, MAX_MAP)
-    if not picture.mode.startswith(("I", "F")):
-        raise DataError(f"a depth map is a 16-bit PNG, a .npy or a TIFF of floats, not mode {picture.mode}")
+    require(picture.mode[0] in "IF", f"a depth map is a 16-bit PNG, .npy or float TIFF, not {picture.mode}")
     return np.asarray(picture)
 
 
@@ -476,8 +522,7 @@ def read_thermal(item, low=None, high=None):
     turn_upright(picture)
     of_8_bits = not picture.mode.startswith(("I", "F"))
     x = np.asarray(picture.convert("L") if of_8_bits else picture).astype(np.float32)
-    if not np.isfinite(x).all():
-        raise DataError("temperatures that are not finite")
+    require(np.isfinite(x).all(), "temperatures that are not finite")
     if low is None and high is None:
         if of_8_bits:
             return x / 255
@@ -488,8 +533,7 @@ def read_thermal(item, low=None, high=None):
             low, high = x.min(), x.max()
         if low == high:  # of one temperature
             return np.full_like(x, 0.5)
-    if low is None or high is None or not low < high:
-        raise DataError(f"temperatures from {low} to {high}: say both, the lower first")
+    require(None not in (low, high) and low < high, f"from {low} to {high}: say both, the lower first")
     return ((x - np.float32(low)) / np.float32(high - low)).clip(0, 1)
 
 
@@ -502,37 +546,36 @@ def read_imu(item):
     Channels: accelerometer xyz in m/s^2, gyroscope xyz in rad/s. A .csv may open with a header line.
     The whole recording is one window (5 s in the paper).
     """
-    if isinstance(item, (str, Path, bytes)):
+    if isinstance(item, FILE):
         content = read_bytes(item)
         item = read_npy(content) if content.startswith(NPY) else read_numbers(content)
     imu = np.asarray(item)
-    if imu.size > MAX_SAMPLES:
-        raise DataError(f"{imu.size:,} numbers, more than {MAX_SAMPLES:,}")
+    require(imu.size <= MAX_SAMPLES, f"{imu.size:,} numbers, more than {MAX_SAMPLES:,}")
     imu = imu.astype(np.float32)
-    if imu.ndim != 2 or 6 not in imu.shape:
-        raise DataError("an IMU recording has 6 channels (accelerometer xyz, gyroscope xyz), "
-                        f"not shape {imu.shape}")
+    require(imu.ndim == 2 and 6 in imu.shape, f"an IMU recording has 6 channels, not shape {imu.shape}")
     if imu.shape[0] != 6:
         imu = imu.T
-    if imu.shape[1] < 2 or not np.isfinite(imu).all():
-        raise DataError("an IMU recording of fewer than 2 steps, or with values that are not finite")
+    require(imu.shape[1] >= 2, "an IMU recording of fewer than 2 steps")
+    require(np.isfinite(imu).all(), "an IMU recording with values that are not finite")
     return imu
 
 
 def read_numbers(content):
     """The bytes of a comma-separated file -> (rows, columns) float32, without its header if it has one."""
-    if len(content) > MAX_ROW:
-        raise DataError(f"{len(content):,} bytes of numbers, more than {MAX_ROW:,}: cut it, or use .npy")
-    lines = io.StringIO(content.decode("utf-8-sig"))
-    rows = [row for row in csv.reader(lines) if row]  # empty lines left out
-    if not rows:
-        raise DataError("no numbers in it")
-    try:
-        float(rows[0][0])
-    except ValueError:  # words: a header
-        rows = rows[1:]
+    require(len(content) <= MAX_ROW, f"more than {MAX_ROW:,} bytes of numbers: cut it, or use .npy")
+    lines = csv.reader(io.StringIO(content.decode("utf-8-sig")))
+    rows = []
+    for row in filter(None, lines):  # empty lines left out
+        with suppress(ValueError):
+            rows.append([float(cell) for cell in row])
+            if len(row) == len(rows[0]):
+                continue
+        # else it is a header: words
+        require(not rows and any(map(str.isalpha, row[0])),
+                f"line {lines.line_num} is not {len((rows or [row])[0])} numbers: {', '.join(row)}")
+    require(rows, "no numbers in it")
     return np.array(rows, dtype=np.float32)
 
 
 READERS = {"image": read_image, "text": read_text, "audio": read_audio, "depth": read_depth,
-           "thermal": read_thermal, "imu": read_imu, "video": Video}
+           "thermal": read_thermal, "imu": read_imu, "video": read_video}

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data import Samples, cached_view
 from files.checkpoints import read_checkpoint, save_atomic, weights_digest
-from files.decode import DataError
+from files.errors import DataError
 from loss import processes, rank
 from model import ImageBind, encoder_of
 from runtime.cli import RunError

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from clip_weights import load_pretrained, tokenizer
-from files.decode import DataError
+from files.errors import DataError
 from loss import MAX_LOGIT_SCALE
 from model import MODALITIES
 

@@ -5,7 +5,7 @@ import sys
 import torch
 
 from data import Bad, Samples
-from files.decode import DataError
+from files.errors import DataError
 from model import preset
 from sources import DATASETS, open_data
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from files.decode import DataError
+from files.errors import DataError
+from sources.folder import Folder
 from sources.manifest import Table
 from sources.paper import DATASETS, open_dataset
 from sources.shards import Shards, shard_paths
@@ -10,7 +11,7 @@ from sources.toy import CONCEPTS, ToyWorld
 
 
 def open_data(spec, split="train", size=None, allow_outside=False):
-    """The source that --data names: "toy", a manifest, shards, or NAME:ROOT (DATASETS). Raises DataError.
+    """The source that --data names: "toy", a CSV, a folder, shards or NAME:ROOT. Raises DataError.
 
     size           samples of the toy world, or in an epoch of shards where it is known
     allow_outside  a manifest's files may lie anywhere on the disk (see Table)
@@ -23,7 +24,9 @@ def open_data(spec, split="train", size=None, allow_outside=False):
         return open_dataset(name.lower(), root, split)
     if spec.endswith(".tar"):
         return Shards(shard_paths(spec), size)
+    if Path(spec).is_dir():
+        return Folder(spec, allow_outside)
     if not Path(spec).is_file():
-        raise DataError(f"{spec}: no such manifest; --data takes toy, the path of a CSV, shards ending in "
-                        f".tar, or NAME:ROOT with NAME one of {', '.join(DATASETS)}")
+        raise DataError(f"{spec}: no such file; --data takes toy, a CSV, a folder, shards ending in .tar, "
+                        f"or NAME:ROOT with NAME one of {', '.join(DATASETS)}")
     return Table(spec, allow_outside=allow_outside)

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from files.decode import DataError
+from files.errors import require
 
 # The endings that say what a file holds, in folders, in shards and in the paper's data sets
 ENDINGS = {
@@ -21,7 +21,7 @@ ENDINGS = {
     "depth": "depth.png depth.npy depth.tif depth.tiff",
     "thermal": "thermal.png thermal.jpg thermal.tif thermal.tiff",
     "imu": "imu.npy imu.csv",
-    "text": "txt",
+    "text": "txt json",
     "label": "cls",
 }
 COLUMN_OF = {ending: column for column, endings in ENDINGS.items() for ending in endings.split()}
@@ -36,10 +36,11 @@ class Source:
     crop_scale = (0.35, 1.0)  # smallest and largest share of a picture's area that training crops
     multi_label = False  # whether a sample may have several classes, by a column `labels` instead of `label`
     absent = 0  # items that a data set lists and whose files are not there
-    reasons = {}  # of a data set, why items are left out: {reason: [how many, the first of them]}
+    reasons = {}  # why items or files are left out: {reason: [how many, the first of them]}
+    published = None  # (items, classes) that a data set's list should have
     has_splits = False  # whether it has held-out samples of its own, as split "test"
     dataset = None  # its name among the data sets of the paper
-    note = ""  # which of several lists a data set was read from
+    note = ""  # which of several lists a data set was read from, or what was passed over
     streamed = False  # whether training reads it in the order of training_batches, not by random index
     part_size = 1024  # indices of a part: the cached embeddings of one part share a file
 
@@ -64,6 +65,11 @@ class Source:
     def fingerprint(self, modality=None):
         """Digest that changes with the table and, given a modality, with size or time of any of its files."""
         raise NotImplementedError
+
+    def pass_over(self, reason, example):
+        """Counts something that is left out by its reason, of which there are few."""
+        self.reasons.setdefault(reason, [0, example])[0] += 1
+        self.note = "; ".join(f"{count} {reason}" for reason, (count, _) in self.reasons.items())
 
     # Samples and their order
 
@@ -168,14 +174,12 @@ class Source:
     def require_pair(self, pair):
         """DataError unless some sample has both modalities of the pair, and some of the first have files."""
         for modality in pair:
-            if modality not in self.columns:
-                raise DataError(f"no column {modality}; its columns are {', '.join(self.header)}")
+            require(modality in self.columns, f"no {modality}; its columns are {', '.join(self.header)}")
         if self.streamed:  # which has its files inside
             return
         indices, items = self.items(*pair)
         first = [self.row(index) for index in indices[items >= 0][:20]]
-        if not first:
-            raise DataError(f"no row has both {' and '.join(pair)}")
+        require(first, f"no row has both {' and '.join(pair)}")
         for modality in pair:
             self.require_file(modality, [row[modality] for row in first])
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from files.decode import MAX_ROW, READERS, SAMPLE_RATE, DataError, errors_named, read_imu, read_text
+from files.decode import MAX_ROW, READERS, SAMPLE_RATE, read_imu, read_text
+from files.errors import DataError, errors_named, require
 from model import MODALITIES
 from sources.base import Source
 
@@ -98,8 +99,7 @@ class Table(Source):
     def cells(self, line, file):
         """Cells of the header (line 0) or of a row."""
         size = int(self.offsets[line + 1] - self.offsets[line])
-        if size > MAX_ROW:
-            raise DataError(f"a row of {size:,} bytes: is there a quote that opens and never closes?")
+        require(size <= MAX_ROW, f"a row of {size:,} bytes: is there a quote that opens and never closes?")
         file.seek(self.offsets[line])
         text = file.read(size).decode("utf-8-sig")  # Excel writes a byte order mark
         return next(csv.reader(io.StringIO(text, newline="")), [])
@@ -107,8 +107,8 @@ class Table(Source):
     def named(self, cells):
         """{column: cell}. Raises DataError."""
         width = len(self.header)
-        if any(cells[width:]):  # empty ones are what a spreadsheet leaves behind
-            raise DataError(f"{len(cells)} cells under {width} columns; a text with commas must be quoted")
+        # empty ones are what a spreadsheet leaves behind
+        require(not any(cells[width:]), f"{len(cells)} cells under {width} columns: quote commas")
         cells += [""] * (width - len(cells))  # a short row lacks its last cells
         return {column: cell.strip() for column, cell in zip(self.header, cells)}
 
@@ -155,8 +155,7 @@ class Table(Source):
         """The path that a cell names. Raises DataError where it may not be read."""
         # by the letters alone: a link inside the folder is the user's own and is followed
         leads_out = Path(cell).anchor or Path(os.path.normpath(cell)).parts[:1] == ("..",)
-        if leads_out and not self.allow_outside:
-            raise DataError(f"{cell}: outside the manifest's folder, read only with --allow-outside")
+        require(self.allow_outside or not leads_out, f"{cell}: outside the folder: --allow-outside reads it")
         return self.root / cell
 
     def require_file(self, modality, cells):
@@ -167,8 +166,7 @@ class Table(Source):
     def read(self, index, modality):
         row = self.row(index)
         cell = row.get(modality, "")
-        if not cell:
-            raise DataError(f"{modality} is empty")
+        require(cell, f"{modality} is empty")
         with errors_named(cell):
             if modality == "text":
                 return read_text(cell)
@@ -252,8 +250,7 @@ def read_file(modality, path, row):
         return cut_box(x, row["box"]) if row.get("box") else x
     if not row.get("start"):  # `seconds` alone is only a fact about the file
         return READERS[modality](path)
-    if not row.get("seconds"):
-        raise DataError(f"start is {row['start']}, but seconds is empty or no column: a clip needs both")
+    require(row.get("seconds"), f"start is {row['start']}, but seconds is empty: a clip needs both")
     return read_clip(modality, path, float(row["start"]), float(row["seconds"]))
 
 
@@ -287,8 +284,7 @@ def cut_box(picture, box):
     """The part of (H, W, ...) inside a box, "x0 y0 x1 y1" in pixels."""
     x0, y0, x1, y1 = [max(0, int(side)) for side in box.split()]
     part = picture[y0:y1, x0:x1]  # numpy cuts a box that sticks out on the other sides
-    if 0 in part.shape:
-        raise DataError(f"the box {box} is not in the picture")
+    require(0 not in part.shape, f"the box {box} is not in the picture")
     return part
 
 

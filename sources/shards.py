@@ -7,12 +7,14 @@ import math
 import os
 import re
 import tarfile
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
-from files.decode import MAX_BYTES, READERS, DataError, read_text
+from files.decode import MAX_BYTES, READERS, read_caption
+from files.errors import DataError, require
 from model import MODALITIES
 from sources.base import COLUMN_OF, Source
 
@@ -55,18 +57,21 @@ class Shards(Source):
         counted = range(0, len(paths), math.ceil(len(paths) / COUNTED))
         samples = 0
         columns = set()
-        for _, found in self.walk(counted[:1] if size else counted):
-            samples += 1
-            columns |= found or set()
+        self.reasons = {}
+        for shard in counted[:1] if size else counted:
+            for _, stem, places, others in self.scan(shard):
+                samples += stem is None or len(places) > 0
+                columns |= places.keys()
+                for ending in others:
+                    self.pass_over(f"files ending .{ending} passed over", f"{self.paths[shard].name}:{stem}")
         # The others have as many samples by their bytes
         sizes = [path.stat().st_size for path in self.paths]
         share = sum(sizes[shard] for shard in counted) / max(sum(sizes), 1)
         self.size = size or round(samples / max(share, 1e-9))
         self.header = sorted(columns)
         self.columns = [modality for modality in MODALITIES if modality in columns]
-        if not self.columns:
-            raise DataError(f"{paths[0]}: no samples in it; files of a sample are STEM.ENDING "
-                            f"with {', '.join(COLUMN_OF)}")
+        require(self.columns, f"{paths[0]}: no samples in it; files of a sample are STEM.ENDING "
+                f"with {', '.join(COLUMN_OF)}")
 
     def __len__(self):
         return self.size
@@ -78,16 +83,20 @@ class Shards(Source):
 
     # Samples and their order
 
+    def scan(self, shard):
+        """What tar_samples finds in a shard."""
+        try:
+            with open(self.paths[shard], "rb") as file:
+                yield from tar_samples(file)
+        except OSError:  # gone since the start: reported as a damaged sample, and training goes on
+            yield 0, None, {}, []
+
     def walk(self, shards):
         """(index, columns) of every sample of these shards, in order; columns are None where damaged."""
-        for shard in shards:
-            first = int(shard) * SHARD_STRIDE
-            try:
-                with open(self.paths[shard], "rb") as file:
-                    for begin, stem, places in tar_samples(file):
-                        yield first + begin, None if stem is None else places.keys()
-            except OSError:  # gone since the start: reported as a damaged sample, and training goes on
-                yield first, None
+        for shard in map(int, shards):
+            for begin, stem, places, _ in self.scan(shard):
+                if places or stem is None:
+                    yield shard * SHARD_STRIDE + begin, None if stem is None else places.keys()
 
     def indices(self):
         return (index for index, _ in self.walk(range(len(self.paths))))
@@ -136,10 +145,11 @@ class Shards(Source):
             indices = itertools.islice(indices, start * share, None)
             start = 0
             batch = list(itertools.islice(indices, share))
-            if len(batch) < share:  # or this loop would never yield
-                raise DataError(f"{self.paths[0].name}: process {rank} has {len(batch)} samples with "
-                                f"{' and '.join(pair)}, fewer than its {share} of a batch: "
-                                "take a smaller --batch-size, or fewer processes")
+            # or this loop would never yield
+            require(len(batch) == share,
+                    f"{self.paths[0].name}: process {rank} has {len(batch)} samples with "
+                    f"{' and '.join(pair)}, fewer than its {share} of a batch: "
+                    "take a smaller --batch-size, or fewer processes")
             while len(batch) == share:
                 yield batch
                 batch = list(itertools.islice(indices, share))
@@ -156,7 +166,7 @@ class Shards(Source):
         try:
             with open(self.paths[index // SHARD_STRIDE], "rb") as file:
                 file.seek(index % SHARD_STRIDE)
-                _, stem, places = next(tar_samples(file))
+                _, stem, places, _ = next(tar_samples(file))
                 if sum(size for _, size in places.values()) > READ_AT_ONCE:
                     return stem, places
                 return stem, {column: read_at(file, place) for column, place in places.items()}
@@ -166,15 +176,12 @@ class Shards(Source):
     def content(self, index, column):
         """The bytes of one file of a sample. Raises DataError."""
         stem, columns = self.sample(index)
-        if stem is None:
-            raise DataError(f"damaged or cut off at byte {index % SHARD_STRIDE:,}; what follows is left out")
-        if column not in columns:
-            raise DataError(f"no {column} in it")
+        require(stem is not None, f"damaged at byte {index % SHARD_STRIDE:,}; what follows is left out")
+        require(column in columns, f"no {column} in it")
         if isinstance(columns[column], bytes):
             return columns[column]
         _, size = columns[column]
-        if size > MAX_BYTES:
-            raise DataError(f"{size:,} bytes of {column}, more than {MAX_BYTES:,}")
+        require(size <= MAX_BYTES, f"{size:,} bytes of {column}, more than {MAX_BYTES:,}")
         with open(self.paths[index // SHARD_STRIDE], "rb") as file:
             return read_at(file, columns[column])
 
@@ -187,13 +194,15 @@ class Shards(Source):
         _, columns = self.sample(index)
         row = dict.fromkeys(columns, self.name(index))
         for column in {"text", "label"} & columns.keys():
-            row[column] = self.content(index, column).decode(errors="replace").strip()
+            row[column] = ""
+            with suppress(ValueError):  # DataError and UnicodeDecodeError are ValueErrors
+                row[column] = read_caption(self.content(index, column))
         return row
 
     def read(self, index, modality):
         content = self.content(index, modality)
         if modality == "text":
-            return read_text(content.decode())
+            return read_caption(content)
         return READERS[modality](content)
 
 
@@ -213,19 +222,24 @@ def shuffled(indices, rng):
 
 
 def tar_samples(file):
-    """(byte where it begins, stem, {column: (byte, size)}) of each sample of a tar; see tar_files."""
+    """(byte where it begins, stem, {column: (byte, size)}, other endings) of each sample of a tar.
+
+    Without any column it is no sample but a file beside them, such as a README. See tar_files.
+    """
     for stem, files in itertools.groupby(tar_files(file), key=itemgetter(0)):
         begin = None
-        places = {}
+        places, others = {}, []
         for _, ending, first, content, size in files:
             if begin is None:
                 begin = first
-            if ending in COLUMN_OF:
-                places.setdefault(COLUMN_OF[ending], (content, size))
+            column = COLUMN_OF.get(ending)
+            if column and (column not in places or ending == "txt"):  # not the .json beside it
+                places[column] = content, size
+            elif stem is not None:
+                others.append(ending)
         if "video" in places:  # its sound, where there is no sound file
             places.setdefault("audio", places["video"])
-        if places or stem is None:  # a README in the tar is no sample
-            yield begin, stem, places
+        yield begin, stem, places, others
 
 
 class Header(tarfile.TarInfo):
@@ -253,7 +267,8 @@ def tar_files(file):
             if member.offset_data + member.size > end:  # the content is cut off
                 break
             # ._NAME is what macOS puts beside a file.
-            if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and "/._" not in f"/{member.name}":
+            hidden = member.name.rpartition("/")[2].startswith(".")
+            if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not hidden:
                 yield *split_name(member.name), member.offset, member.offset_data, member.size
             at = tar.offset
     except (tarfile.TarError, ValueError, OverflowError):

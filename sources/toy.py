@@ -24,7 +24,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from files.decode import SAMPLE_RATE, Video, to_disparity
+from files.decode import SAMPLE_RATE, Frames, to_disparity
 from model import MODALITIES
 from sources.base import Source
 
@@ -197,7 +197,16 @@ class ToyWorld(Source):
         return paint(scene, rng, self.canvas)
 
     def render_video(self, scene, rng):
-        return ToyVideo(scene, rng, self.canvas)
+        """The picture, drifting: 2 s at 4 frames a second."""
+        seed = int(rng.integers(2**31))
+        drift = rng.uniform(-0.02, 0.02, 2)  # of the picture's side, per frame
+        frames = []
+        for i in range(8):
+            dx, dy = drift * (i - 4)
+            moved = [replace(thing, x=thing.x + dx, y=thing.y + dy) for thing in scene]
+            # the same seed for every frame: light and colours do not flicker
+            frames.append(paint(moved, np.random.default_rng(seed), self.canvas))
+        return Frames(frames, fps=4)
 
     def render_depth(self, scene, rng):
         wall = 1 / rng.uniform(1.25, 1.35)  # inverse distance, 1/m
@@ -247,28 +256,6 @@ class ToyWorld(Source):
             movement = rng.uniform(0.7, 1.4) * np.outer(MOTION[shape], swing).real  # (6, T)
             imu += movement + rng.uniform(0.4, 0.7) * tremble
         return imu.astype(np.float32)
-
-
-class ToyVideo(Video):
-    """The picture of a scene, drifting: 2 s at 4 frames a second, painted when asked for."""
-
-    fps = 4.0
-    count = 8
-
-    def __init__(self, scene, rng, canvas):
-        self.scene = scene
-        self.canvas = canvas
-        self.seed = int(rng.integers(2**31))
-        self.drift = rng.uniform(-0.02, 0.02, 2)  # of the picture's side, per frame
-
-    def frames(self, indices):
-        frames = []
-        for i in indices:
-            dx, dy = self.drift * (i - self.count / 2)
-            moved = [replace(thing, x=thing.x + dx, y=thing.y + dy) for thing in self.scene]
-            # the same seed for every frame: light and colours do not flicker
-            frames.append(paint(moved, np.random.default_rng(self.seed), self.canvas))
-        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------

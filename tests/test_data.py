@@ -82,8 +82,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     for modality, name in unreadable.items():
         with pytest.raises(DataError, match=name):
             load(modality, tmp_path / name)
-    with pytest.raises(DataError, match="empty"):
-        load("text", "  ")
+    assert load("text", " ")[:3].tolist() == [49406, 49407, 0]  # start and end alone
 
 
 def test_pictures_of_a_sample_are_cropped_and_flipped_together():

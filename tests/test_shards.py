@@ -32,5 +32,5 @@ def test_what_macos_puts_beside_files_cuts_no_sample_in_two(tmp_path):
         for name in ("./._0.webp", "0.webp", "./._0.txt", "0.txt", "._1.webp", "1.webp"):
             tar.addfile(tarfile.TarInfo(name))
     with open(tmp_path / "a.tar", "rb") as file:
-        found = [(stem, list(places)) for _, stem, places in tar_samples(file)]
+        found = [(stem, list(places)) for _, stem, places, _ in tar_samples(file)]
     assert found == [("0", ["image", "text"]), ("1", ["image"])]
