@@ -14,6 +14,7 @@ import io
 import json
 import math
 import struct
+import warnings
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -35,6 +36,9 @@ MAX_FRAME = 10_000_000  # pixels in a video frame, since several are held at onc
 MAX_ASPECT = 100  # long side over short side: resizing the short side would make the long one huge
 MAX_SAMPLES = 20_000_000  # samples in a sound, over all channels
 MAX_ROW = 2**24  # bytes in a row of a table, or in a .csv of numbers
+
+# check_size knows a smaller limit; Pillow itself refuses 179 million pixels
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Pillow's formats that start no other program, as EPS starts Ghostscript
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -85,7 +89,7 @@ def check_size(width, height, limit=MAX_PIXELS):
 def open_picture(item, limit=MAX_PIXELS):
     """A Pillow picture of a file, of a Pillow picture or of numbers, decoded after its size was checked.
 
-    A JPEG of up to four times the limit, as phones make them, is decoded at half its width and height.
+    A larger JPEG, as phones make them, is decoded at half its width and height.
     """
     if not isinstance(item, FILE):
         picture = item if isinstance(item, Image.Image) else picture_of(item)
@@ -97,7 +101,7 @@ def open_picture(item, limit=MAX_PIXELS):
         raise DataError(f"not a picture, or damaged ({', '.join(PICTURES)} are read)") from None
     width, height = picture.size
     # a progressive JPEG is held in memory whole before it is made smaller
-    if picture.format == "JPEG" and limit < width * height <= 4 * limit and "progressive" not in picture.info:
+    if picture.format == "JPEG" and width * height > limit and "progressive" not in picture.info:
         picture.draft(None, (width // 2, height // 2))
     check_size(*picture.size, limit)
     picture.load()

@@ -1,13 +1,21 @@
 """What `python data.py SPEC` shows: what lies in a source, before a long run."""
 
+import re
+import shlex
 import sys
 
+import numpy as np
 import torch
 
-from data import Bad, Samples
-from files.errors import DataError
+from data import seconds_of, transform
+from files.errors import DataError, errors_named
 from model import preset
 from sources import DATASETS, open_data
+from sources.manifest import Table
+
+# Where the median of a modality's tensors lies when its units are those that the encoder is trained on
+USUAL = {"image": (-1.9, 2.1), "video": (-1.9, 2.1), "audio": (-1.3, 1.2), "depth": (-1.2, 1.5),
+         "thermal": (0.02, 0.98), "imu": (-15.0, 15.0)}
 
 
 def main():
@@ -34,41 +42,101 @@ def show_source(spec):
     if len(failed) == len(splits):
         raise failed[-1]
     print(*failed)
+    print(command_for(spec, source.columns))
 
 
 def show_split(source, split):
+    if source.streamed:
+        print(f"{split}: about {len(source)} samples; what follows is of the first shard")
+        source = source.held_out()
     indices, items = source.items()
     classes = f"{len(source.classes)} classes" + (": " if source.classes else "") + "; ".join(source.classes)
     print(f"{split}: {len(set(items.tolist()))} items in {len(indices)} rows, {source.absent} absent; "
           f"{', '.join(source.columns)}; {classes}")
+    if source.published:
+        print(f"  published: {source.published[0]} items, {source.published[1]} classes")
+    for reason, (count, example) in source.reasons.items():
+        print(f"  {count} {reason}, such as {example}")
     print("  a sample:", {key: value for key, value in source.row(int(indices[0])).items() if value})
     for modality in source.columns:
-        if modality != "text":
-            show_units(source, modality)
+        indices, items = source.items(modality)
+        firsts = indices[indices == items].tolist()  # one of each item
+        print(f"  {modality}: in {(items >= 0).sum()} rows, {len(firsts)} different")
+        if firsts and modality != "text" and isinstance(source, Table):
+            show_files(source, modality, firsts)
+        show_units(source, modality, firsts)
 
 
-# Where the median of a modality's tensors lies when its units are those that the encoder is trained on
-USUAL = {"image": (-1.9, 2.1), "video": (-1.9, 2.1), "audio": (-1.3, 1.2), "depth": (-1.2, 1.5),
-         "thermal": (0.02, 0.98), "imu": (-15.0, 15.0)}
+def show_files(source, modality, firsts, most=2000):
+    """Prints how many files are not there, and how many hold what another holds, by size and beginning."""
+    absent, copies, known = [], [], {}
+    for index in firsts[:: len(firsts) // most + 1]:
+        cell = source.row(index)[modality]
+        path = source.root / cell
+        if not path.is_file():
+            absent.append(cell)
+            continue
+        with open(path, "rb") as file:
+            first = known.setdefault((path.stat().st_size, hash(file.read(2**16))), cell)
+        if first != cell:
+            copies.append(f"{cell}, which equals {first}")
+    for found, what in ((absent, "files are absent"), (copies, "files are copies of others")):
+        if found:
+            print(f"    {len(found)} {what}, such as {found[0]}")
 
 
-def show_units(source, modality, most=32):
-    """Prints the percentiles of a modality's tensors, and a line of warning where they lie far from USUAL."""
-    indices, items = source.items(modality)
-    firsts = indices[indices == items]
-    samples = Samples(source, {modality: preset("huge", modality)})
-    found = [samples[int(index)] for index in firsts[:: len(firsts) // most + 1]]
-    bad = [sample for sample in found if isinstance(sample, Bad)]
-    good = [sample[modality] for sample in found if not isinstance(sample, Bad)]
-    if bad:
-        print(f"  {modality}: {len(bad)} of {len(found)} cannot be read, the first: {bad[0].reason}")
-    if not good:
+def show_units(source, modality, firsts, most=32):
+    """Prints sizes, why items cannot be read, and percentiles of tensors, with a warning of odd units."""
+    sizes, tensors, reasons = [], [], {}
+    for index in firsts[:: len(firsts) // most + 1]:
+        try:
+            with errors_named(source.name(index)):
+                x = source.read(index, modality)
+                sizes.append(size_of(x, modality))
+                if modality != "text":
+                    tensors.append(transform(modality, x, preset("huge", modality)))
+        except DataError as error:
+            # alike but for their numbers are one reason
+            reasons.setdefault(re.sub(r"\d+", "#", str(error).split(": ")[-1]), []).append(error)
+    for found in reasons.values():
+        print(f"    {len(found)} of {len(sizes) + len(found)} cannot be read, the first: {found[0]}")
+    if not sizes:
         return
-    numbers = torch.cat([x.flatten()[:: x.numel() // 5000 + 1] for x in good])
-    shown = numbers.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-    shape, in_words = tuple(good[0].shape), " ".join(f"{x:.2f}" for x in shown)
-    print(f"  {modality}: {shape}; 5, 50 and 95 % of {len(good)} items: {in_words}")
-    low, high = USUAL[modality]
-    if not low <= shown[1] <= high or shown[0] == shown[2]:
-        print(f"  warning: {modality} is far from what its encoder is trained on (median {low} to {high}, "
-              "not all the same): are its units right? See files/README.md")
+    for unit, numbers in zip(UNITS[modality], np.array(sizes).T):
+        print(f"    {unit}: {percentiles(numbers)} (5, 50 and 95 % of {len(sizes)})")
+    if tensors:
+        numbers = torch.cat([x.flatten()[:: x.numel() // 5000 + 1] for x in tensors]).numpy()
+        print(f"    tensor {tuple(tensors[0].shape)}: {percentiles(numbers)}")
+        low, high = USUAL[modality]
+        if not low <= np.median(numbers) <= high or np.ptp(numbers) == 0:
+            print(f"  warning: {modality} is far from what its encoder is trained on (median {low} to "
+                  f"{high}, not all the same): are its units right? See files/README.md")
+
+
+# What the sizes of a modality's plain form are
+UNITS = {"image": ("pixels high", "pixels wide"), "depth": ("pixels high", "pixels wide"),
+         "thermal": ("pixels high", "pixels wide"), "imu": ("channels", "steps"), "text": ("characters",),
+         "audio": ("seconds",), "video": ("seconds",)}
+
+
+def size_of(x, modality):
+    """The numbers that UNITS names, of a plain form."""
+    if modality == "text":
+        return [len(x)]
+    return [seconds_of(x)] if modality in ("audio", "video") else x.shape[:2]
+
+
+def percentiles(numbers):
+    return " ".join(f"{x:.4g}" for x in np.percentile(numbers, (5, 50, 95)))
+
+
+def command_for(spec, columns):
+    """The command that uses a source: pairs with its pictures, else its videos or texts."""
+    spec = shlex.quote(spec)
+    anchor = next((m for m in ("image", "video", "text") if m in columns), None)
+    others = [m for m in columns if m not in ("image", "video", "text")] or ["text"] * ("text" in columns)
+    pairs = [f"{anchor}-{m}" for m in others if m != anchor]
+    if not pairs or anchor is None:
+        return f"no pair to train; python evaluate.py zeroshot --modality {columns[0]} --data {spec}"
+    clip = "" if spec == "toy" else " --clip ViT-B-16"
+    return f"python train.py --pair {','.join(pairs)} --data {spec}{clip}"

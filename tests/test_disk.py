@@ -132,8 +132,9 @@ def test_pictures_in_memory_give_the_tensor_of_their_file():
         assert torch.equal(data.load("image", x), expected)
     grey = PICTURE[..., 0]
     assert torch.equal(data.load("image", grey[..., None]), data.load("image", picture("PNG", grey)))
-    given = Image.fromarray(PICTURE)
-    given.getexif()[0x0112] = 6
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    given = Image.open(io.BytesIO(picture("JPEG", exif=exif)))
     assert read_image(given).shape == (60, 40, 3) and given.size == (60, 40)  # the user's own is untouched
     for wrong in (np.zeros((3, 4, 5, 6)), PICTURE * 2.0, "dog".encode(), object()):
         with pytest.raises(DataError, match="these image data: "):
