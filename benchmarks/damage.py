@@ -15,6 +15,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zlib
@@ -87,6 +88,29 @@ def adpcm(block=256, each=505, channels=1, blocks=80):
     return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
 
 
+def large_jpeg(width, height, **options):
+    """A grey JPEG whose halves differ, of megapixels in some hundred kilobytes."""
+    x = np.zeros((height, width), np.uint8)
+    x[:, width // 2 :] = 200
+    file = io.BytesIO()
+    Image.fromarray(x).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def shard(rng):
+    """A tar of four samples as img2dataset writes them, with inertial data beside."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for number in range(4):
+            caption = json.dumps({"caption": "a ruby ring", "url": "x"}).encode()
+            files = {"webp": picture(rng, "WEBP"), "json": caption, "imu.npy": npy(rng.normal(size=(6, 40)))}
+            for ending, content in files.items():
+                member = tarfile.TarInfo(f"{number:03}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
 def npy(array):
     file = io.BytesIO()
     np.save(file, array)
@@ -139,6 +163,9 @@ KINDS = {  # name: modality, ending, a whole file
         ".csv",
         lambda rng: b"text,imu,label\n" + b'"a ring, ruby",imu.npy,dog\nplain,imu.npy,cat\n' * 20,
     ),
+    "large_jpeg": ("image", ".jpg", lambda rng: large_jpeg(9248, 6936)),
+    "shard": ("table", ".tar", shard),
+    "caption": ("table", ".json", lambda rng: b'{"caption": "a ruby ring", "text": ["a", "b"]}' * 2),
     "flac": ("audio", ".flac", lambda rng: sound(".flac")),
     "mp3": ("audio", ".mp3", lambda rng: sound(".mp3")),
     "mp4": ("video", ".mp4", lambda rng: film()),
@@ -287,6 +314,26 @@ def absurd_manifests():
     yield bytes(50_000_000)
 
 
+def absurd_jpegs():
+    for width, height in ((50_000, 1000), (15_000, 11_800), (16_000, 12_000), (65_000, 900), (65_000, 600)):
+        yield large_jpeg(width, height)
+    yield large_jpeg(9248, 6936, progressive=True)
+    yield large_jpeg(7000, 7000, progressive=True)
+
+
+def absurd_captions():
+    for caption in (b"1", b'"a"', b"[]", b"{}", b'{"caption": 1}', b'{"caption": null, "text": []}'):
+        yield caption
+    yield b'{"text": [[]]}'
+    yield b"{" * 1_000_000
+    yield b'{"a":' * 100_000
+    yield b'{"caption": "' + b"a" * 10_000_000 + b'"}'
+    yield b'{"caption": ' + b"9" * 1_000_000 + b"}"
+    yield b'{"caption": "\\ud800"}'
+    yield b"\xef\xbb\xbf{}"
+    yield bytes(1000)
+
+
 def absurd_flacs():
     for seconds, rate in ((36_000, 8000), (3600, 48000), (1, 192_000), (60, 47_999)):
         yield sound(".flac", f"anullsrc=r={rate}:cl=mono:d={seconds}", "-compression_level", "0")
@@ -323,6 +370,9 @@ ABSURD = {
     "text": absurd_texts,
     "imu_csv": absurd_numbers,
     "manifest": absurd_manifests,
+    "large_jpeg": absurd_jpegs,
+    "shard": lambda: [b"", bytes(512), bytes(10240), bytes(50_000_000), b"\xff" * 5120],
+    "caption": absurd_captions,
     "flac": absurd_flacs,
     "mp3": lambda: [sound(".mp3", "anullsrc=r=16000:cl=mono:d=14400")],
     "mp4": absurd_films,
@@ -392,6 +442,8 @@ def outcome(kind, path):
     """Says "tensor" or "DataError" if the promise holds for this file, else what broke it."""
     modality = KINDS[kind][0]
     try:
+        if kind == "caption":
+            return read_folder(path)
         if modality == "table":
             return read_table(path)
         item = path.read_text(encoding="utf-8", errors="surrogateescape") if modality == "text" else path
@@ -410,17 +462,29 @@ def outcome(kind, path):
     return f"a tensor of shape {tuple(x.shape)}, {x.isfinite().float().mean():.1%} finite"
 
 
+def read_folder(path):
+    """The same of a folder of one sample, whose caption the file is."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder, "a.imu.npy"), np.zeros((6, 400), np.float32))
+        shutil.copy(path, Path(folder, "a.json"))
+        return read_table(Path(folder))
+
+
 def read_table(path):
-    """A manifest's rows, labels and samples: what is readable is a tensor, the rest a Bad or a DataError."""
-    np.save(path.with_name("imu.npy"), np.zeros((6, 400), np.float32))
+    """Rows, labels and samples of a source: what is readable is a tensor, the rest a Bad or a DataError."""
+    if path.suffix == ".csv":
+        np.save(path.with_name("imu.npy"), np.zeros((6, 400), np.float32))
     source = open_data(str(path))
-    configs = {m: preset("huge" if m == "imu" else "tiny", m) for m in source.columns if m in ("imu", "text")}
+    configs = {}
+    for modality, size in (("imu", "huge"), ("image", "huge"), ("text", "tiny")):
+        if modality in source.columns:
+            configs[modality] = preset(size, modality)
     samples = data.Samples(source, configs)
-    for i in range(min(len(source), 100)):
-        sample = samples[i]
+    for number, index in zip(range(100), source.indices()):
+        sample = samples[index]
         if not isinstance(sample, data.Bad) and any(not sample[m].isfinite().all() for m in configs):
-            return f"row {i + 1} is not finite"
-    [source.label(i) for i in range(min(len(source), 100))]
+            return f"row {number + 1} is not finite"
+        source.label(index)
     return "tensor"
 
 

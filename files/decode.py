@@ -35,6 +35,7 @@ MAX_MAP = 25_000_000  # pixels in a depth or thermal map, which is computed in f
 MAX_FRAME = 10_000_000  # pixels in a video frame, since several are held at once
 MAX_ASPECT = 100  # long side over short side: resizing the short side would make the long one huge
 MAX_SAMPLES = 20_000_000  # samples in a sound, over all channels
+MAX_TEXT = 10_000  # characters of a caption, which is cut there: encoders read its first 77 tokens
 MAX_ROW = 2**24  # bytes in a row of a table, or in a .csv of numbers
 
 # check_size knows a smaller limit; Pillow itself refuses 179 million pixels
@@ -139,8 +140,9 @@ def read_image(item):
     turn_upright(picture)
     width, height = picture.size
     x = np.empty((height, width, 3), np.uint8)
-    for top in range(0, height, 1024):  # in strips, to keep the copies that Pillow makes small
-        bottom = min(top + 1024, height)
+    rows = 1 + 2**22 // max(1, width)
+    for top in range(0, height, rows):  # in strips, to keep the copies that Pillow makes small
+        bottom = min(top + rows, height)
         x[top:bottom] = to_rgb(picture.crop((0, top, width, bottom)))
     return x
 
@@ -247,14 +249,14 @@ def read_caption(content):
     """The text in the bytes of a .txt, or of the .json that img2dataset and CLAP write. Raises DataError."""
     text = content.decode("utf-8-sig")
     if text.lstrip().startswith("{"):
-        with suppress(ValueError):  # a caption may begin so, too
+        with suppress(ValueError, RecursionError):  # a caption may begin so, too
             facts = json.loads(text)
             text = facts.get("caption") or facts.get("text") or ""
     if isinstance(text, list):  # CLAP's, several of one sound
         text = text[0]
-    text = read_text(text)
-    require(text, "an empty text")
-    return text
+    text = str(text).encode(errors="replace").decode()  # JSON may hold half a character
+    require(text.strip(), "an empty text")
+    return read_text(text[:MAX_TEXT])
 
 
 # Audio

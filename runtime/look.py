@@ -57,7 +57,7 @@ def show_split(source, split):
         print(f"  published: {source.published[0]} items, {source.published[1]} classes")
     for reason, (count, example) in source.reasons.items():
         print(f"  {count} {reason}, such as {example}")
-    print("  a sample:", {key: value for key, value in source.row(int(indices[0])).items() if value})
+    print("  a sample:", {key: value[:80] for key, value in source.row(int(indices[0])).items() if value})
     for modality in source.columns:
         indices, items = source.items(modality)
         firsts = indices[indices == items].tolist()  # one of each item
