@@ -26,8 +26,7 @@ import torchaudio
 from PIL import Image
 
 from clip_weights import tokenizer
-from files.decode import READERS, SAMPLE_RATE, Video
-from files.errors import DataError, errors_named
+from files.decode import READERS, SAMPLE_RATE, DataError, Video, errors_named
 from files.randaugment import MOVES, draw_operations, operate
 from model import preset
 

@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import shutil
-import urllib.request
+import socket
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -20,7 +20,6 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from files.errors import DataError, require
 
@@ -293,36 +292,21 @@ def cached(address, digest, notice=None):
     if notice:
         print(notice, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # one name per process: several may download at once, and the last to finish replaces the same content
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    socket.setdefaulttimeout(30)  # seconds of silence that end a download
+    part = target.with_name(f"{target.name}.{os.getpid()}")  # several processes may download at once
     try:
-        found = download(address, partial)
-        require(digest in (None, found), f"{address}: its SHA-256 is {found}, not {digest}; it was deleted")
-        os.replace(partial, target)
+        torch.hub.download_url_to_file(address, part, digest)
+        # without a digest: a zip that is cut short has lost its end
+        require(digest or zipfile.is_zipfile(part), f"{address}: the connection ended too early")
+        os.replace(part, target)
+    except RuntimeError as error:
+        raise ValueError(f"{address}: its SHA-256 is another, {error}; it was deleted") from None
     except (OSError, HTTPException) as error:
         reason = f"cannot be downloaded ({error}); put the file at {target} by hand"
         raise ValueError(f"{address}: {reason}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return target
-
-
-def download(address, path):
-    """Writes the file at an address to a path, with a progress bar; returns its SHA-256. Raises OSError."""
-    digest = hashlib.sha256()
-    received = 0
-    with urllib.request.urlopen(address, timeout=30) as answer, open(path, "wb") as file:
-        size = int(answer.headers.get("Content-Length") or 0)  # bytes; 0 if the server does not say
-        name = path.name.split(".")[0]
-        with tqdm(desc=name, total=size or None, unit="B", unit_scale=True, disable=None) as bar:
-            while chunk := answer.read(1 << 20):  # 1 MB
-                file.write(chunk)
-                digest.update(chunk)
-                received += len(chunk)
-                bar.update(len(chunk))
-    if size and received != size:
-        raise OSError(f"the connection ended after {received:,} of {size:,} bytes")
-    return digest.hexdigest()
 
 
 def weights_digest(model):

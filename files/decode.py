@@ -24,7 +24,7 @@ import torch
 import torchaudio
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from files.errors import DataError, require
+from files.errors import DataError, errors_named, require  # noqa: F401
 
 SAMPLE_RATE = 16000  # Hz
 
@@ -426,7 +426,8 @@ def open_compressed(item):
         wave = decoder.get_samples_played_in_range(origin + early / rate, origin + end / rate).data
         return wave[:, begin - early :].float()
 
-    return rate, metadata.num_channels, metadata.duration_seconds or 0.0, samples
+    duration = metadata.duration_seconds or decoder.get_all_samples().duration_seconds
+    return rate, metadata.num_channels, duration, samples
 
 
 def resample(wave, ratio, block=2**20):

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import torch
 
-from data import seconds_of, transform
-from files.errors import DataError, errors_named
+from data import transform
+from files.decode import SAMPLE_RATE, DataError, errors_named
 from model import preset
 from sources import DATASETS, open_data
 from sources.manifest import Table
@@ -16,6 +16,9 @@ from sources.manifest import Table
 # Where the median of a modality's tensors lies when its units are those that the encoder is trained on
 USUAL = {"image": (-1.9, 2.1), "video": (-1.9, 2.1), "audio": (-1.3, 1.2), "depth": (-1.2, 1.5),
          "thermal": (0.02, 0.98), "imu": (-15.0, 15.0)}
+# What the size of a plain form is
+UNIT = dict.fromkeys(USUAL, "height x width") | {"imu": "channels x steps", "text": "characters"}
+UNIT |= {"audio": "seconds", "video": "seconds"}
 
 
 def main():
@@ -87,47 +90,34 @@ def show_files(source, modality, firsts, most=2000):
 
 def show_units(source, modality, firsts, most=32):
     """Prints sizes, why items cannot be read, and percentiles of tensors, with a warning of odd units."""
-    sizes, tensors, reasons = [], [], {}
+    sizes, numbers, reasons = [], [], {}
     for index in firsts[:: len(firsts) // most + 1]:
         try:
             with errors_named(source.name(index)):
                 x = source.read(index, modality)
-                sizes.append(size_of(x, modality))
                 if modality != "text":
-                    tensors.append(transform(modality, x, preset("huge", modality)))
+                    tensor = transform(modality, x, preset("huge", modality))
+                    numbers.append(tensor.flatten()[:: tensor.numel() // 5000 + 1])
+                sizes.append(np.shape(x)[:2] or [len(x) if modality == "text" else x.count / x.fps])
         except DataError as error:
-            # alike but for their numbers are one reason
+            # Alike but for their numbers they are one reason.
             reasons.setdefault(re.sub(r"\d+", "#", str(error).split(": ")[-1]), []).append(error)
     for found in reasons.values():
         print(f"    {len(found)} of {len(sizes) + len(found)} cannot be read, the first: {found[0]}")
     if not sizes:
         return
-    for unit, numbers in zip(UNITS[modality], np.array(sizes).T):
-        print(f"    {unit}: {percentiles(numbers)} (5, 50 and 95 % of {len(sizes)})")
-    if tensors:
-        numbers = torch.cat([x.flatten()[:: x.numel() // 5000 + 1] for x in tensors]).numpy()
-        print(f"    tensor {tuple(tensors[0].shape)}: {percentiles(numbers)}")
-        low, high = USUAL[modality]
-        if not low <= np.median(numbers) <= high or np.ptp(numbers) == 0:
-            print(f"  warning: {modality} is far from what its encoder is trained on (median {low} to "
-                  f"{high}, not all the same): are its units right? See files/README.md")
-
-
-# What the sizes of a modality's plain form are
-UNITS = {"image": ("pixels high", "pixels wide"), "depth": ("pixels high", "pixels wide"),
-         "thermal": ("pixels high", "pixels wide"), "imu": ("channels", "steps"), "text": ("characters",),
-         "audio": ("seconds",), "video": ("seconds",)}
-
-
-def size_of(x, modality):
-    """The numbers that UNITS names, of a plain form."""
+    if modality == "audio":
+        sizes = np.array(sizes)[:, 1:] / SAMPLE_RATE
+    shown = [" x ".join(f"{n:.4g}" for n in size) for size in np.percentile(sizes, (5, 50, 95), axis=0)]
+    print(f"    {UNIT[modality]}: {', '.join(shown)} (5, 50 and 95 % of {len(sizes)})")
     if modality == "text":
-        return [len(x)]
-    return [seconds_of(x)] if modality in ("audio", "video") else x.shape[:2]
-
-
-def percentiles(numbers):
-    return " ".join(f"{x:.4g}" for x in np.percentile(numbers, (5, 50, 95)))
+        return
+    at = np.percentile(torch.cat(numbers), (5, 50, 95))
+    print(f"    tensor {tuple(tensor.shape)}: {', '.join(f'{n:.4g}' for n in at)}")
+    low, high = USUAL[modality]
+    if not low <= at[1] <= high or at[0] == at[2]:
+        print(f"  warning: {modality} is far from what its encoder is trained on (median {low} to {high}, "
+              "not all the same): are its units right? See files/README.md")
 
 
 def command_for(spec, columns):

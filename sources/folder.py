@@ -6,8 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from files.decode import read_bytes, read_caption
-from files.errors import require
+from files.decode import read_bytes, read_caption, require
 from model import MODALITIES
 from sources.base import COLUMN_OF
 from sources.manifest import Table

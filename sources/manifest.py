@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files.decode import MAX_ROW, READERS, SAMPLE_RATE, read_imu, read_text
-from files.errors import DataError, errors_named, require
+from files.decode import MAX_ROW, READERS, DataError, errors_named, read_imu, read_text, require
 from model import MODALITIES
 from sources.base import Source
 
@@ -259,25 +258,14 @@ def read_clip(modality, path, start, seconds):
     if modality == "imu":
         return read_imu(imu_window(path, start, seconds) if path.suffix.lower() == ".csv" else path)
     if modality == "audio":
-        x = READERS["audio"](path, start, seconds)  # (channels, T), which may be cut already
-        first, last = clip_in_file(x.shape[1], SAMPLE_RATE, start, seconds)
-        return x[:, first:last]
+        return READERS["audio"](path, start, seconds)
     x = READERS["video"](path)
-    first, last = clip_in_file(x.count, x.fps, start, seconds)
-    return x.cut(first, last)
-
-
-def clip_in_file(size, rate, start, seconds):
-    """First and last sample (or frame) of a clip in a file of `size` samples.
-
-    Data sets of clips lie on disks as clips or as whole recordings: a file that is longer than the clip by
-    more than a second, and reaches its start, is a whole recording.
-    """
-    first = round(start * rate)
-    last = round((start + seconds) * rate)
-    if first < size and size > last - first + rate:
-        return first, min(last, size)
-    return 0, size
+    first = round(start * x.fps)
+    last = round((start + seconds) * x.fps)
+    # Data sets of clips lie on disks as clips or as whole recordings: a file that is longer than the clip by
+    # more than a second, and reaches its start, is a whole recording.
+    whole = first < x.count and x.count > last - first + x.fps
+    return x.cut(first, min(last, x.count)) if whole else x
 
 
 def cut_box(picture, box):

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files.decode import MAX_BYTES, READERS, read_caption
-from files.errors import DataError, require
+from files.decode import MAX_BYTES, READERS, DataError, read_caption, require
 from model import MODALITIES
 from sources.base import COLUMN_OF, Source
 

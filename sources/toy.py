@@ -18,8 +18,8 @@ LayerNorm. Relief and temperature are therefore profiles against a ground of kno
 import itertools
 import math
 import zlib
-from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,8 +58,7 @@ MOTION = dict(zip(SHAPES, [
 ]))
 
 
-@dataclass
-class Material:
+class Material(NamedTuple):
     colour: tuple  # RGB in 0..1
     profile: tuple  # top and bottom, -1..1: far to near in a depth map, cold to hot in a thermal one
     resonance: float  # centre in Hz of the band of noise in its sound
@@ -92,8 +91,7 @@ CAPTIONS = [f"{opening} {mood}{{}}{place}"  # the concept's name goes into the b
 # Samples
 
 
-@dataclass
-class Thing:
+class Thing(NamedTuple):
     """One object of a scene; place and radius in fractions of the picture."""
 
     concept: int
@@ -203,18 +201,14 @@ class ToyWorld(Source):
         frames = []
         for i in range(8):
             dx, dy = drift * (i - 4)
-            moved = [replace(thing, x=thing.x + dx, y=thing.y + dy) for thing in scene]
+            moved = [thing._replace(x=thing.x + dx, y=thing.y + dy) for thing in scene]
             # the same seed for every frame: light and colours do not flicker
             frames.append(paint(moved, np.random.default_rng(seed), self.canvas))
         return Frames(frames, fps=4)
 
     def render_depth(self, scene, rng):
         wall = 1 / rng.uniform(1.25, 1.35)  # inverse distance, 1/m
-        inverse = wall + ground(rng, 0.03, self.canvas)
-        for thing in scene:
-            inside, _, level = silhouette(thing, self.canvas)
-            surface = rng.uniform(0.97, 1.03) * (1.13 + 0.87 * level)
-            inverse += inside * (surface - inverse)
+        inverse = self.profiles(scene, rng, wall + ground(rng, 0.03, self.canvas), 1.13, 0.87)
         # A sensor's noise grows with the distance
         metres = 0.865 / (inverse * rng.normal(1, 0.01, inverse.shape)).clip(0.05)
         # A room of 0.4 to 3.4 m, seen by the Kinect of NYU-D
@@ -222,12 +216,16 @@ class ToyWorld(Source):
 
     def render_thermal(self, scene, rng):
         heat = rng.uniform(0.28, 0.32) + ground(rng, 0.02, self.canvas)
-        for thing in scene:
-            inside, _, level = silhouette(thing, self.canvas)
-            surface = rng.uniform(0.97, 1.03) * (0.5 + 0.45 * level)
-            heat += inside * (surface - heat)
+        heat = self.profiles(scene, rng, heat, 0.5, 0.45)
         heat += rng.normal(0, 0.01, heat.shape)
         return heat.clip(0, 1).astype(np.float32)
+
+    def profiles(self, scene, rng, x, middle, reach):
+        """A map (S, S) with the things' profiles on it: -1..1 becomes middle - reach .. middle + reach."""
+        for thing in scene:
+            inside, _, level = silhouette(thing, self.canvas)
+            x += inside * (rng.uniform(0.97, 1.03) * (middle + reach * level) - x)
+        return x
 
     def render_audio(self, scene, rng):
         t = np.arange(int(1.3 * SAMPLE_RATE)) / SAMPLE_RATE

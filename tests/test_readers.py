@@ -300,7 +300,7 @@ def test_data_py_shows_what_lies_in_a_folder(tmp_path, capsys):
     assert "test: 3 items in 3 rows, 1 absent; audio, video; 3 classes: " in shown
     assert "Male speech, man speaking; Dog; Cat" in shown
     assert "audio: in 3 rows, 3 different" in shown and "tensor (3, 1, 128, 204): " in shown
-    assert "seconds: 1 1 1 (5, 50 and 95 % of 2)" in shown and "1 of 1 cannot be read, the first: " in shown
+    assert "seconds: 1, 1, 1 (5, 50 and 95 % of 2)" in shown and "1 of 1 cannot be read, the first: " in shown
     assert shown.endswith(f"\npython train.py --pair video-audio --data audioset:{tmp_path} "
                           "--clip ViT-B-16\n")
 
