@@ -59,9 +59,8 @@ def read_checkpoint(path, mmap=False):
 
 def require_uncompressed(members):
     """ValueError if members of a zip are compressed: no tensor is, and one can expand a thousandfold."""
-    for member in members:
-        stored = member.compress_type == zipfile.ZIP_STORED
-        require(stored, "its contents are compressed, as no checkpoint's are")
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    require(stored, "its contents are compressed, as no checkpoint's are")
 
 
 def require_stored(content):
@@ -101,8 +100,7 @@ def errors_of_file(path):
         if type(error) in (ValueError, DataError, PermissionError):  # ours, meant for a reader
             reason = " ".join(str(error)[:1000].split())  # names in a stranger's file may hold line ends
         if "GLOBAL" in str(error):  # torch.load met something to import
-            what = re.search(r"GLOBAL (\S+)", str(error))
-            asked = what[1] if what else "more than tensors"
+            asked = (re.findall(r"GLOBAL (\S+)", str(error)) or ["more than tensors"])[0]
             reason = f"refused, it asks for {asked}, which could run any code"
         raise ValueError(f"{path}: {reason}") from error
 
@@ -120,9 +118,8 @@ def read_weights(path):
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            root = names[0].split("/")[0]  # the folder inside the zip
-            if f"{root}/constants.pkl" in names:  # TorchScript alone has it
+            root = archive.namelist()[0].split("/")[0]  # the folder inside the zip
+            if f"{root}/constants.pkl" in archive.namelist():  # TorchScript alone has it
                 return read_archive(archive, root), True
     # mapped: pages are read when touched, and float32 weights are never copied
     return read_checkpoint(path, mmap=is_zip), False
@@ -130,10 +127,9 @@ def read_weights(path):
 
 def weights_in(folder):
     """Path of the weights in a folder. Raises ValueError if there are none."""
-    for name in IN_FOLDER:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{folder}: no weights in this folder, none of {', '.join(IN_FOLDER)}")
+    found = [folder / name for name in IN_FOLDER if (folder / name).is_file()]
+    require(found, f"{folder}: no weights in this folder, none of {', '.join(IN_FOLDER)}")
+    return found[0]
 
 
 def read_json(path):
@@ -222,9 +218,9 @@ def read_archive(archive, root):
                 return Module
             if package == "torch" and name in STORAGES:
                 return STORAGES[name]
-            if (package, name) not in permitted:
-                raise ValueError(f"refused, it asks for {package}.{name}, which could run any code")
-            return permitted[package, name]
+            asked = permitted.get((package, name))
+            require(asked, f"refused, it asks for {package}.{name}, which could run any code")
+            return asked
 
         def persistent_load(self, key):
             _, dtype, file, *_ = key  # ("storage", type, name of its file, device, length)
@@ -233,8 +229,7 @@ def read_archive(archive, root):
                 return torch.empty(0, dtype=dtype)
             return torch.frombuffer(content, dtype=dtype)
 
-    pickled = io.BytesIO(archive.read(f"{root}/data.pkl"))
-    tensors = dict(tensors_in(Reader(pickled).load()))
+    tensors = dict(tensors_in(Reader(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()))
     require_stored(tensors)
     return tensors
 
@@ -258,12 +253,10 @@ def save_atomic(obj, path):
             os.fsync(file.fileno())  # and the operating system's
     except (OSError, RuntimeError) as error:  # a failed write reaches us as either
         partial.unlink(missing_ok=True)
-        needed = sum(t.nbytes for _, t in tensors_in(obj))
-        free = shutil.disk_usage(path.parent).free
+        needed, free = sum(t.nbytes for _, t in tensors_in(obj)), shutil.disk_usage(path.parent).free
         if getattr(error, "errno", None) == errno.ENOSPC or free < needed:
-            reason = (f"no space for {path}: it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB "
-                      "are free; what was saved before is whole")
-            raise OSError(errno.ENOSPC, reason) from error
+            reason = f"no space for {path}: it needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+            raise OSError(errno.ENOSPC, f"{reason}; what was saved before is whole") from error
         raise
     os.replace(partial, path)  # in one step: a reader finds the old file or the new one
     if os.name == "posix":  # the new name, too, must outlast a power cut
@@ -302,8 +295,7 @@ def cached(address, digest, notice=None):
     except RuntimeError as error:
         raise ValueError(f"{address}: its SHA-256 is another, {error}; it was deleted") from None
     except (OSError, HTTPException) as error:
-        reason = f"cannot be downloaded ({error}); put the file at {target} by hand"
-        raise ValueError(f"{address}: {reason}") from None
+        raise ValueError(f"{address}: cannot be downloaded ({error}); put the file at {target}") from None
     finally:
         part.unlink(missing_ok=True)
     return target

@@ -46,15 +46,10 @@ PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 FILE = (str, Path, bytes)  # what stands for a file; anything else is its content: a picture, numbers
 NPY = b"\x93NUMPY"  # the first bytes of a .npy file
 
-# Format code and bits of a WAV file -> how a sample is stored, and the factor that brings it to -1..1
-WAV_FORMATS = {
-    (1, 8): ("u1", 2**-7),
-    (1, 16): ("<i2", 2**-15),
-    (1, 24): ("u1", 2**-31),  # three bytes, which become the upper three of an int32
-    (1, 32): ("<i4", 2**-31),
-    (3, 32): ("<f4", 1.0),
-    (3, 64): ("<f8", 1.0),
-}
+# Format code and bits of a WAV file -> how a sample is stored, and the factor that brings it to -1..1.
+# Three bytes become the upper three of an int32.
+WAV_FORMATS = {(1, 8): ("u1", 2**-7), (1, 16): ("<i2", 2**-15), (1, 24): ("u1", 2**-31),
+               (1, 32): ("<i4", 2**-31), (3, 32): ("<f4", 1.0), (3, 64): ("<f8", 1.0)}
 TORCHCODEC_WAVS = (6, 7, 85)  # A-law, mu-law, MP3
 BLOCK_WAVS = (2, 17)  # Microsoft's and IMA's ADPCM: blocks of many samples, each on its own
 
@@ -65,8 +60,7 @@ BLOCK_WAVS = (2, 17)  # Microsoft's and IMA's ADPCM: blocks of many samples, eac
 def plain_file(path):
     """The path, as a Path. DataError unless it is a plain file: a pipe or a device might never end."""
     path = Path(path)
-    if not path.is_file():
-        raise DataError("not a file" if path.exists() else "no such file")
+    require(path.is_file(), "not a file" if path.exists() else "no such file")
     return path
 
 
@@ -74,10 +68,9 @@ def read_bytes(item):
     """The content of a file, given by its path or as bytes. DataError if it has more than MAX_BYTES."""
     if isinstance(item, bytes):
         return item
-    path = plain_file(item)
-    size = path.stat().st_size
+    size = plain_file(item).stat().st_size
     require(size <= MAX_BYTES, f"{size:,} bytes, more than {MAX_BYTES:,}")
-    return path.read_bytes()
+    return Path(item).read_bytes()
 
 
 def check_size(width, height, limit=MAX_PIXELS):
@@ -136,26 +129,25 @@ def read_image(item):
 
     The original ImageBind reads these otherwise: as they lie, without transparency, and cut off at white.
     """
-    picture = open_picture(item)
-    turn_upright(picture)
+    picture = upright(open_picture(item))
     width, height = picture.size
     x = np.empty((height, width, 3), np.uint8)
     rows = 1 + 2**22 // max(1, width)
     for top in range(0, height, rows):  # in strips, to keep the copies that Pillow makes small
-        bottom = min(top + rows, height)
-        x[top:bottom] = to_rgb(picture.crop((0, top, width, bottom)))
+        x[top : top + rows] = to_rgb(picture.crop((0, top, width, min(top + rows, height))))
     return x
 
 
-def turn_upright(picture):
-    """Turns a picture as its EXIF orientation says; one whose EXIF is damaged stays as it lies."""
+def upright(picture):
+    """The picture, turned as its EXIF orientation says; one whose EXIF is damaged stays as it lies."""
     with suppress(Exception):
         ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def to_rgb(picture):
     """A Pillow picture of any mode as RGB."""
-    if picture.mode.startswith(("I", "F")):  # grey of 16 bits, or of numbers
+    if picture.mode[0] in "IF":  # grey of 16 bits, or of numbers
         return Image.fromarray(to_levels(np.asarray(picture))).convert("RGB")
     if picture.mode.endswith(("A", "a")) or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -185,9 +177,8 @@ class Video:
         self.decoder = import_torchcodec().decoders.VideoDecoder(source)
         metadata = self.decoder.metadata
         check_size(metadata.width, metadata.height, MAX_FRAME)
-        self.fps = metadata.average_fps
+        self.fps, self.begin = metadata.average_fps, metadata.begin_stream_seconds
         self.count = len(self.decoder)
-        self.begin = metadata.begin_stream_seconds
         require(self.count and self.fps, "no frames in it")
 
     def frames(self, indices):
@@ -232,8 +223,8 @@ def import_torchcodec():
     try:
         import torchcodec.decoders
     except (ImportError, RuntimeError, OSError) as error:  # it raises the last two where FFmpeg is missing
-        raise DataError("this file needs torchcodec: pip install torchcodec, and FFmpeg "
-                        "(apt-get install ffmpeg)") from error
+        reason = "this file needs torchcodec: pip install torchcodec, and FFmpeg (apt-get install ffmpeg)"
+        raise DataError(reason) from error
     return torchcodec
 
 
@@ -291,8 +282,7 @@ def read_part(sound, start, seconds):
     # the part wanted, in samples at 16 kHz: all of it, and one more than may be
     first, last = 0, MAX_SAMPLES + 1
     if seconds and start < duration and seconds + 1 < duration:
-        first = round(start * SAMPLE_RATE)
-        last = round((start + seconds) * SAMPLE_RATE)
+        first, last = round(start * SAMPLE_RATE), round((start + seconds) * SAMPLE_RATE)
     # the part read, in the file's own: from where both grids meet, and as far around as the filter reaches
     begin = max(0, first // new * old - reach)
     end = (last // new + 1) * old + reach
@@ -339,15 +329,13 @@ def open_wav(file):
         (each,) = struct.unpack_from("<H", form, 18)  # samples in a block
         readable = each >= 32 and 0 < block <= each * channels and block % 2 == 0
     else:
-        each = 1
-        block = bits // 8 * channels
+        each, block = 1, bits // 8 * channels
         readable = (kind, bits) in WAV_FORMATS and block > 0
     require(readable, f"WAV format {kind} with {bits} bits, {channels} channels at {rate} Hz is not read")
     blocks = size // block  # a file cut short may end inside one
 
     def samples(begin, end):
-        first = begin // each
-        last = min(math.ceil(end / each), blocks)
+        first, last = begin // each, min(math.ceil(end / each), blocks)
         file.seek(at + first * block)
         raw = file.read(max(0, last - first) * block)
         wave = from_blocks(raw, form, block, each) if each > 1 else from_pcm(raw, kind, bits, channels)
@@ -361,8 +349,7 @@ def wav_chunks(file):
 
     The file is a list of chunks: a name of four bytes, a size of four, then so many bytes.
     """
-    end = file.seek(0, io.SEEK_END)
-    form = None
+    end, form = file.seek(0, io.SEEK_END), None
     at = 12  # behind "RIFF", the file's size and "WAVE"
     for _ in range(1000):  # a hostile file has millions of empty chunks
         file.seek(at)
@@ -390,8 +377,7 @@ def from_pcm(raw, kind, bits, channels):
     if bits == 8:  # unsigned, with silence at 128
         wave -= 128
     wave *= np.float32(scale)
-    wave = wave.reshape(-1, channels).T  # stored as (T, channels)
-    return torch.from_numpy(np.ascontiguousarray(wave))
+    return torch.from_numpy(np.ascontiguousarray(wave.reshape(-1, channels).T))  # stored as (T, channels)
 
 
 def from_blocks(raw, form, block, each):
@@ -417,8 +403,7 @@ def open_compressed(item):
     """A sound file that FFmpeg reads, given by its path or as bytes, opened for read_part."""
     source = item if isinstance(item, bytes) else str(item)  # from a path it reads what it needs
     decoder = import_torchcodec().decoders.AudioDecoder(source)
-    metadata = decoder.metadata
-    rate = metadata.sample_rate
+    metadata, rate = decoder.metadata, decoder.metadata.sample_rate
     origin = metadata.begin_stream_seconds or 0.0  # of an MP3 some hundredths of a second
 
     def samples(begin, end):
@@ -441,8 +426,7 @@ def resample(wave, ratio, block=2**20):
     parts = []
     for start in range(0, wave.shape[1], block):
         first = max(0, start - reach)
-        part = wave[:, first : start + block + reach]
-        part = torchaudio.functional.resample(part, old, new)
+        part = torchaudio.functional.resample(wave[:, first : start + block + reach], old, new)
         skip = (start - first) // old * new  # of the margin before the block
         parts.append(part[:, skip : skip + block // old * new])
     return torch.cat(parts, dim=1)
@@ -478,8 +462,7 @@ def read_depth(item, baseline=0.075, focal_length=518.857901, scale=None, sunrgb
     require(x.ndim == 2 and x.dtype.kind in "uif" and x.dtype.itemsize > 1,
             f"a depth map is (H, W) floats or integers of 16 bits, not {x.dtype} {x.shape}")
     check_size(x.shape[1], x.shape[0], MAX_MAP)
-    usual = 1 if x.dtype.kind == "f" else 1000
-    scale = 8000 if sunrgbd else scale or usual
+    scale = 8000 if sunrgbd else scale or (1 if x.dtype.kind == "f" else 1000)
     require(scale > 0 and baseline > 0 and focal_length > 0, "scale, baseline, focal length are above 0")
     x = x.astype(np.float32)
     x /= scale
@@ -511,8 +494,7 @@ def to_disparity(metres, baseline, focal_length):
     x = np.array(metres, np.float32)  # a copy, changed in place: a map may have 100 MB
     x[~((x > 0) & (x < np.inf))] = np.nan
     x *= DEPTH_FACTOR
-    x.clip(*DEPTH_RANGE, out=x)
-    np.divide(baseline * focal_length, x, out=x)
+    np.divide(baseline * focal_length, x.clip(*DEPTH_RANGE, out=x), out=x)
     x.clip(*DISPARITY_RANGE, out=x)
     x /= DISPARITY_RANGE[1]
     return x
@@ -525,8 +507,7 @@ def read_thermal(item, low=None, high=None):
     8 bits, and floats within 0..1, are taken as they are. Other numbers go from the picture's own 1st to its
     99th percentile, which loses the absolute temperature.
     """
-    picture = open_picture(item, MAX_MAP)
-    turn_upright(picture)
+    picture = upright(open_picture(item, MAX_MAP))
     of_8_bits = not picture.mode.startswith(("I", "F"))
     x = np.asarray(picture.convert("L") if of_8_bits else picture).astype(np.float32)
     require(np.isfinite(x).all(), "temperatures that are not finite")
@@ -558,10 +539,8 @@ def read_imu(item):
         item = read_npy(content) if content.startswith(NPY) else read_numbers(content)
     imu = np.asarray(item)
     require(imu.size <= MAX_SAMPLES, f"{imu.size:,} numbers, more than {MAX_SAMPLES:,}")
-    imu = imu.astype(np.float32)
     require(imu.ndim == 2 and 6 in imu.shape, f"an IMU recording has 6 channels, not shape {imu.shape}")
-    if imu.shape[0] != 6:
-        imu = imu.T
+    imu = (imu if imu.shape[0] == 6 else imu.T).astype(np.float32)
     require(imu.shape[1] >= 2, "an IMU recording of fewer than 2 steps")
     require(np.isfinite(imu).all(), "an IMU recording with values that are not finite")
     return imu

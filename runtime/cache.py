@@ -64,8 +64,7 @@ def cache_anchor(args, run, model, anchor, source, augment, amp):
     Its folder's name is a digest of everything that an embedding depends on: stale caches are never used, and
     runs with equal settings share one. A file appears when it is whole; each process makes every world-th.
     """
-    encoder, views = model.encoder(anchor), args.cache_anchor
-    name = [None]
+    encoder, views, name = model.encoder(anchor), args.cache_anchor, [None]
     if run.main:
         code = code_digest(*TOY_CODE, "files/*.py", "sources/*.py", "runtime/cache.py")
         weights = weights_digest(encoder)
@@ -110,6 +109,5 @@ def make_part(cache, part, model, batches, amp):
 def without_anchor(model, anchor):
     """The same encoders, but for the anchor's: a batch holds its embeddings already."""
     rest = ImageBind([])
-    rest.encoders.update(model.encoders)
-    rest.encoders[encoder_of(anchor)] = torch.nn.Identity()
+    rest.encoders.update({**model.encoders, encoder_of(anchor): torch.nn.Identity()})
     return rest

@@ -75,9 +75,8 @@ class Source:
 
     def names(self, indices, most=10):
         """The first samples of a batch, in words."""
-        shown = [self.name(int(index)) for index in indices[:most]]
-        more = len(indices) - len(shown)
-        return ", ".join(shown) + (f" and {more} more" if more else "")
+        more = f" and {len(indices) - most} more" if len(indices) > most else ""
+        return ", ".join(self.name(int(index)) for index in indices[:most]) + more
 
     def indices(self):
         """The index of every sample, in order."""
@@ -138,8 +137,7 @@ class Source:
     def labels_of_row(self, row):
         if self.multi_label:
             return [label for label in row["labels"].split("|") if label]
-        label = row.get("label", "")
-        return [label] if label else []
+        return [row["label"]] if row.get("label") else []
 
     def labels(self, index):
         """All classes of a sample, as indices into `classes`."""
@@ -148,8 +146,7 @@ class Source:
 
     def label(self, index):
         """The (first) class of a sample, -1 if it has none."""
-        labels = self.labels(index)
-        return labels[0] if labels else -1
+        return (self.labels(index) or [-1])[0]
 
     def caption(self, index, modality):
         """A readable label of one item."""
@@ -166,8 +163,7 @@ class Source:
 
     def indices_of_part(self, part):
         """The indices of a part, in rising order."""
-        first = part * self.part_size
-        return list(range(first, min(first + self.part_size, len(self))))
+        return list(range(len(self))[part * self.part_size : (part + 1) * self.part_size])
 
     # Checks, so that a long run fails early
 

@@ -63,10 +63,9 @@ class Table(Source):
         self.multi_label = "labels" in self.header
         if classes is not None:
             self.names_by_label = classes  # instead of Source's, which reads every row
-        if not self.columns or len(self) < 1:
-            found = ", ".join(self.header)[:100] or "empty"
-            raise DataError(f"{path}: a manifest is a CSV with a header naming modalities "
-                            f"({', '.join(MODALITIES)}) and at least one row; this header is {found}")
+        found = ", ".join(self.header)[:100] or "empty"
+        require(self.columns and len(self) > 0, f"{path}: a manifest is a CSV with a header of modalities "
+                f"({', '.join(MODALITIES)}) and at least one row; this header is {found}")
 
     def __len__(self):
         return len(self.offsets) - 2
@@ -158,9 +157,8 @@ class Table(Source):
         return self.root / cell
 
     def require_file(self, modality, cells):
-        if modality != "text" and not any(self.locate(cell).exists() for cell in cells):
-            raise DataError(f"none of the first {len(cells)} {modality} files exists, "
-                            f"such as {self.root / cells[0]}")
+        there = modality == "text" or any(self.locate(cell).exists() for cell in cells)
+        require(there, f"none of the first {len(cells)} {modality} files exists: {self.root / cells[0]}")
 
     def read(self, index, modality):
         row = self.row(index)
@@ -207,10 +205,9 @@ def row_offsets(file):
                 offsets.append(begin)
             begin = at
     except csv.Error as error:
-        reason = f"row {len(offsets)}: {error}; is there a quote that opens and never closes?"
-        raise DataError(reason) from None
-    if offsets and ends_in_quotes(file, offsets[-1]):
-        raise DataError(f"a quote opens in row {len(offsets) - 1} and never closes")
+        raise DataError(f"row {len(offsets)}: {error}; does a quote open and never close?") from None
+    closed = not offsets or not ends_in_quotes(file, offsets[-1])
+    require(closed, f"a quote opens in row {len(offsets) - 1} and never closes")
     offsets.append(at)
     return np.array(offsets)
 
@@ -250,18 +247,13 @@ def read_file(modality, path, row):
     if not row.get("start"):  # `seconds` alone is only a fact about the file
         return READERS[modality](path)
     require(row.get("seconds"), f"start is {row['start']}, but seconds is empty: a clip needs both")
-    return read_clip(modality, path, float(row["start"]), float(row["seconds"]))
-
-
-def read_clip(modality, path, start, seconds):
-    """The plain form of a clip of sound, video or IMU, where the file may hold more than the clip."""
+    start, seconds = float(row["start"]), float(row["seconds"])
     if modality == "imu":
         return read_imu(imu_window(path, start, seconds) if path.suffix.lower() == ".csv" else path)
     if modality == "audio":
         return READERS["audio"](path, start, seconds)
     x = READERS["video"](path)
-    first = round(start * x.fps)
-    last = round((start + seconds) * x.fps)
+    first, last = round(start * x.fps), round((start + seconds) * x.fps)
     # Data sets of clips lie on disks as clips or as whole recordings: a file that is longer than the clip by
     # more than a second, and reaches its start, is a whole recording.
     whole = first < x.count and x.count > last - first + x.fps

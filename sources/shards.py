@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files.decode import MAX_BYTES, READERS, DataError, read_caption, require
+from files.decode import MAX_BYTES, READERS, read_caption, require
 from model import MODALITIES
 from sources.base import COLUMN_OF, Source
 
@@ -49,9 +49,8 @@ class Shards(Source):
     def __init__(self, paths, size=None):
         self.paths = [Path(path) for path in paths]
         self.last = None, None  # the sample read last, with its index: its modalities are asked for in turn
-        missing = [path for path in self.paths if not path.is_file()]
-        if missing:
-            raise DataError(f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} are missing)")
+        missing = [path for path in self.paths if not path.is_file()] or [""]
+        require(not missing[0], f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} are missing)")
         # Look into some shards, spread over all; one is enough to know the columns
         counted = range(0, len(paths), math.ceil(len(paths) / COUNTED))
         samples = 0
@@ -145,10 +144,8 @@ class Shards(Source):
             start = 0
             batch = list(itertools.islice(indices, share))
             # or this loop would never yield
-            require(len(batch) == share,
-                    f"{self.paths[0].name}: process {rank} has {len(batch)} samples with "
-                    f"{' and '.join(pair)}, fewer than its {share} of a batch: "
-                    "take a smaller --batch-size, or fewer processes")
+            require(len(batch) == share, f"{self.paths[0].name}: {len(batch)} samples of process {rank} have "
+                    f"{' and '.join(pair)}, fewer than its {share} of a batch: take a smaller --batch-size")
             while len(batch) == share:
                 yield batch
                 batch = list(itertools.islice(indices, share))
@@ -179,8 +176,7 @@ class Shards(Source):
         require(column in columns, f"no {column} in it")
         if isinstance(columns[column], bytes):
             return columns[column]
-        _, size = columns[column]
-        require(size <= MAX_BYTES, f"{size:,} bytes of {column}, more than {MAX_BYTES:,}")
+        require(columns[column][1] <= MAX_BYTES, f"more than {MAX_BYTES:,} bytes of {column}")
         with open(self.paths[index // SHARD_STRIDE], "rb") as file:
             return read_at(file, columns[column])
 
@@ -226,11 +222,9 @@ def tar_samples(file):
     Without any column it is no sample but a file beside them, such as a README. See tar_files.
     """
     for stem, files in itertools.groupby(tar_files(file), key=itemgetter(0)):
-        begin = None
-        places, others = {}, []
+        begin, places, others = None, {}, []
         for _, ending, first, content, size in files:
-            if begin is None:
-                begin = first
+            begin = first if begin is None else begin
             column = COLUMN_OF.get(ending)
             if column and (column not in places or ending == "txt"):  # not the .json beside it
                 places[column] = content, size
@@ -286,6 +280,5 @@ def split_name(name):
 
 
 def read_at(file, place):
-    at, size = place
-    file.seek(at)
-    return file.read(size)
+    file.seek(place[0])
+    return file.read(place[1])

@@ -125,12 +125,9 @@ class ToyWorld(Source):
     canvas = 40  # pixels; an encoder sees 32
 
     def __init__(self, split="train", size=20000, seed=0, crowded=None):
-        if crowded is None:  # evaluation asks for one class an item
-            crowded = 0.3 if split == "train" else 0.0
-        self.split = split
-        self.size = size
-        self.seed = seed
-        self.crowded = crowded
+        self.split, self.size, self.seed = split, size, seed
+        # evaluation asks for one class an item
+        self.crowded = 0.3 * (split == "train") if crowded is None else crowded
 
     def __len__(self):
         return self.size
@@ -169,10 +166,7 @@ class ToyWorld(Source):
     def scene(self, index):
         """The objects of a sample, left to right."""
         rng = self.rng(index, SCENE)
-        if self.split == "test":
-            concepts = [index % len(CONCEPTS)]
-        else:
-            concepts = [int(rng.integers(len(CONCEPTS)))]
+        concepts = [index % len(CONCEPTS) if self.split == "test" else int(rng.integers(len(CONCEPTS)))]
         places = []  # (x, y, radius)
         if rng.random() >= self.crowded:
             places.append((*rng.uniform(0.42, 0.58, 2), rng.uniform(0.36, 0.47)))
@@ -277,8 +271,7 @@ def silhouette(thing, canvas):
     """Where a thing is, its surface's shading (both in 0..1) and its profile's level (-1..1): (S, S) each."""
     material, shape = CONCEPTS[thing.concept]
     u, v = grid(canvas)
-    u = (u - thing.x) / thing.radius
-    v = (v - thing.y) / thing.radius
+    u, v = (u - thing.x) / thing.radius, (v - thing.y) / thing.radius
     cos, sin = math.cos(thing.angle), math.sin(thing.angle)
     u, v = cos * u + sin * v, cos * v - sin * u
     inside = (0.5 + SHAPES[shape](u, v) * thing.radius * canvas).clip(0, 1)  # edges one pixel soft
