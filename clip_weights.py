@@ -30,6 +30,7 @@ import regex
 import torch
 
 from files.checkpoints import cached, errors_of_file, read_json, read_weights, save_atomic, unwrap, weights_in
+from files.errors import require
 from model import PRESETS, Encoder, EncoderConfig, ImageBind
 
 # What each format calls the parameters of model.py's encoders: our name -> the name in the file.
@@ -158,8 +159,7 @@ def load_pretrained(name, heads=None, activation=None):
     heads = heads or {}
     with errors_of_file(path):
         content, is_archive = read_weights(path)
-        if not isinstance(content, dict):
-            raise ValueError(f"holds a {type(content).__name__}, not weights by name")
+        require(isinstance(content, dict), f"holds a {type(content).__name__}, not weights by name")
         if "configs" in content:  # what train.py wrote
             return ImageBind.from_state(content)
         if not heads.keys() <= PRESETS["huge"].keys():
@@ -224,8 +224,8 @@ def join_qkv(tensors):
 
 def layout_of(tensors):
     """CLIP, HUGGING_FACE or IMAGEBIND, the first that has a tower in the file. Raises ValueError."""
-    if "visual.layer1.0.conv1.weight" in tensors:
-        raise ValueError("a CLIP whose image encoder is a ResNet; only Vision Transformers are read")
+    require("visual.layer1.0.conv1.weight" not in tensors,
+            "a CLIP whose image encoder is a ResNet; only Vision Transformers are read")
     for layout in (CLIP, HUGGING_FACE, IMAGEBIND):
         if towers_in(tensors, layout):
             return layout
@@ -251,8 +251,8 @@ def tower_config(layout, modality, tensors, published, heads, activation):
     stem = tensors.get(name_in_file(layout, modality, stem_name))
     pos = tensors[name_in_file(layout, modality, "pos")]  # (N, D) or (1, N, D)
     proj = tensors.get(name_in_file(layout, modality, "proj.weight"))
-    if stem is None or proj is None:
-        raise ValueError(f"the {modality} encoder has no {'projection' if proj is None else 'stem'}")
+    require(stem is not None and proj is not None,
+            f"the {modality} encoder has no {'projection' if proj is None else 'stem'}")
     *_, positions, width = pos.shape
     stated, eps, n = settings_not_in_shapes(layout, modality, width, published)
     activation = activation or stated  # the caller overrules the file
@@ -267,20 +267,20 @@ def tower_config(layout, modality, tensors, published, heads, activation):
         **geometry(modality, stem.shape, positions),
         **(normalisation(published) if modality == "image" else {}),
     )
-    if config.tokens != positions:  # as counted from the input's size and the patches
-        raise ValueError(f"the {modality} encoder's {positions} positions do not fit patches {config.patch}")
+    # as counted from the input's size and the patches
+    require(config.tokens == positions,
+            f"the {modality} encoder's {positions} positions do not fit patches {config.patch}")
     return config
 
 
 def require_usable(modality, width, activation, heads):
     """ValueError for heads that nothing tells or that do not divide the width, or an unknown activation."""
-    if heads is None:
-        raise ValueError(f"how many heads the {modality} encoder of width {width} has cannot be known "
-                         f"from the file; say it as heads, {modality}=N")
-    if heads < 1 or width % heads:
-        raise ValueError(f"{heads} heads do not divide the {modality} encoder's width of {width}")
-    if activation not in ("gelu", "quick_gelu"):
-        raise ValueError(f"the {modality} encoder's activation is {activation}, neither gelu nor quick_gelu")
+    require(heads is not None, f"how many heads the {modality} encoder of width {width} has cannot be known "
+            f"from the file; say it as heads, {modality}=N")
+    require(heads >= 1 and width % heads == 0,
+            f"{heads} heads do not divide the {modality} encoder's width of {width}")
+    require(activation in ("gelu", "quick_gelu"),
+            f"the {modality} encoder's activation is {activation}, neither gelu nor quick_gelu")
 
 
 def count_blocks(tensors, start):
@@ -324,8 +324,7 @@ def read_config(layout, folder):
     """
     if layout is HUGGING_FACE:
         config = read_json(folder / "config.json")
-        if not config:
-            raise ValueError("config.json, which says its activation and its heads, is not beside it")
+        require(config, "config.json, which says its activation and its heads, is not beside it")
         # transformers 5 writes one file for pictures and texts
         pictures = (read_json(folder / "preprocessor_config.json")
                     or read_json(folder / "processor_config.json").get("image_processor"))
@@ -425,16 +424,14 @@ def convert(layout, configs, tensors):
             wanted = Encoder(config).state_dict()
         for ours, like in wanted.items():
             theirs = name_in_file(layout, config.modality, ours)
-            if theirs not in tensors:
-                raise ValueError(f"{theirs} is missing")
+            require(theirs in tensors, f"{theirs} is missing")
             t = tensors.pop(theirs).float()
             t = shaped_as_ours(t, ours, like.shape, layout, config.modality)
-            if t.shape != like.shape:
-                raise ValueError(f"{theirs} has shape {tuple(t.shape)}, other sizes need {tuple(like.shape)}")
+            require(t.shape == like.shape,
+                    f"{theirs} has shape {tuple(t.shape)}, other sizes need {tuple(like.shape)}")
             weights[f"encoders.{config.modality}.{ours}"] = t
     rest = [name for name in tensors if name.split(".")[-1] not in NOT_WEIGHTS]
-    if rest:
-        raise ValueError(f"it holds weights that no encoder here has: {', '.join(rest[:3])}")
+    require(not rest, f"it holds weights that no encoder here has: {', '.join(rest[:3])}")
     return weights
 
 
@@ -492,16 +489,16 @@ def require_exportable(model, path):
 
     The image tower's patch may differ: it is the kernel that ImageBindModel is made with.
     """
-    if PRESETS["huge"].keys() != set(model.encoders):
-        raise ValueError(f"{path}: the released layout has the encoders {', '.join(PRESETS['huge'])}, "
-                         f"and this model {', '.join(model.encoders)}")
+    require(PRESETS["huge"].keys() == set(model.encoders),
+            f"{path}: the released layout has the encoders {', '.join(PRESETS['huge'])}, "
+            f"and this model {', '.join(model.encoders)}")
     for modality, encoder in model.encoders.items():
         c = encoder.config
         row = EncoderConfig(modality, embed_dim=1024, **PRESETS["huge"][modality])
         for name in ("input_shape", "patch", "stride", "activation", "mean", "std"):
             ours, theirs = getattr(c, name), getattr(row, name)
-            if ours != theirs and (modality != "image" or name not in ("patch", "stride")):
-                raise ValueError(f"{path}: the original's {modality} encoder has {name} {theirs}, not {ours}")
+            require(ours == theirs or (modality == "image" and name in ("patch", "stride")),
+                    f"{path}: the original's {modality} encoder has {name} {theirs}, not {ours}")
 
 
 # The tokenizer
@@ -617,8 +614,7 @@ def clip_file(name, given=None):
     """Path of CLIP's file of this name in DOWNLOADS: the one given, or the cached. ValueError for another."""
     address, digest = DOWNLOADS[name]
     path = Path(given or cached(address, digest))
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, though CLIP_BPE names it as CLIP's {name}")
+    require(path.is_file(), f"{path}: no such file, though CLIP_BPE names it as CLIP's {name}")
     if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         raise ValueError(f"{path}: not CLIP's {address.rsplit('/', 1)[-1]}, whose SHA-256 is {digest}")
     return path

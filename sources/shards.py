@@ -144,8 +144,8 @@ class Shards(Source):
             start = 0
             batch = list(itertools.islice(indices, share))
             # or this loop would never yield
-            require(len(batch) == share, f"{self.paths[0].name}: {len(batch)} samples of process {rank} have "
-                    f"{' and '.join(pair)}, fewer than its {share} of a batch: take a smaller --batch-size")
+            require(len(batch) == share, f"{self.paths[0].name}: process {rank} has {len(batch)} samples "
+                    f"with {' and '.join(pair)}, fewer than its {share} of a batch: take a smaller --batch-size")
             while len(batch) == share:
                 yield batch
                 batch = list(itertools.islice(indices, share))
