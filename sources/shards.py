@@ -20,7 +20,6 @@ from sources.base import COLUMN_OF, Source
 SHARD_STRIDE = 2**40  # index of a sample = SHARD_STRIDE * number of its shard + byte where it begins
 COUNTED = 16  # shards whose samples are counted to know the size of an epoch
 BUFFER = 4096  # samples that a shuffled stream chooses from
-READ_AT_ONCE = 2**20  # bytes: a smaller sample is read whole, of a larger one only what is asked for
 LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 TAR_END = 1024 + 10240  # bytes at most that end a tar: two blocks of zeros, filled up to a record
 
@@ -145,7 +144,7 @@ class Shards(Source):
             batch = list(itertools.islice(indices, share))
             # or this loop would never yield
             require(len(batch) == share, f"{self.paths[0].name}: process {rank} has {len(batch)} samples "
-                    f"with {' and '.join(pair)}, fewer than its {share} of a batch: take a smaller --batch-size")
+                    f"with {' and '.join(pair)}, fewer than its {share} of a batch: lower --batch-size")
             while len(batch) == share:
                 yield batch
                 batch = list(itertools.islice(indices, share))
@@ -153,32 +152,26 @@ class Shards(Source):
     # One sample
 
     def sample(self, index):
-        """Stem and {column: its bytes, or (byte, size) in the shard}; a stem of None where it is damaged."""
+        """Stem and {column: (byte, size)} of a sample; a stem of None where it is damaged."""
         if self.last[0] != index:
-            self.last = index, self.find_sample(index)
+            stem, places = None, {}
+            with suppress(OSError, StopIteration):  # the shard is gone, or another one by now
+                with open(self.paths[index // SHARD_STRIDE], "rb") as file:
+                    file.seek(index % SHARD_STRIDE)
+                    _, stem, places, _ = next(tar_samples(file))
+            self.last = index, (stem, places)
         return self.last[1]
-
-    def find_sample(self, index):
-        try:
-            with open(self.paths[index // SHARD_STRIDE], "rb") as file:
-                file.seek(index % SHARD_STRIDE)
-                _, stem, places, _ = next(tar_samples(file))
-                if sum(size for _, size in places.values()) > READ_AT_ONCE:
-                    return stem, places
-                return stem, {column: read_at(file, place) for column, place in places.items()}
-        except (OSError, StopIteration):  # the shard is gone, or another one by now
-            return None, {}
 
     def content(self, index, column):
         """The bytes of one file of a sample. Raises DataError."""
-        stem, columns = self.sample(index)
+        stem, places = self.sample(index)
         require(stem is not None, f"damaged at byte {index % SHARD_STRIDE:,}; what follows is left out")
-        require(column in columns, f"no {column} in it")
-        if isinstance(columns[column], bytes):
-            return columns[column]
-        require(columns[column][1] <= MAX_BYTES, f"more than {MAX_BYTES:,} bytes of {column}")
+        require(column in places, f"no {column} in it")
+        at, size = places[column]
+        require(size <= MAX_BYTES, f"{size:,} bytes of {column}, more than {MAX_BYTES:,}")
         with open(self.paths[index // SHARD_STRIDE], "rb") as file:
-            return read_at(file, columns[column])
+            file.seek(at)
+            return file.read(size)
 
     def name(self, index):
         stem, _ = self.sample(index)
@@ -277,8 +270,3 @@ def split_name(name):
     folder, slash, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
     return (folder + slash + stem).lstrip("/"), ending.lower()
-
-
-def read_at(file, place):
-    file.seek(place[0])
-    return file.read(place[1])
