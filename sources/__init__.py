@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from files.errors import DataError
-from sources.folder import Folder
-from sources.manifest import Table
+from sources.manifest import Folder, Table
 from sources.paper import DATASETS, open_dataset
 from sources.shards import Shards, shard_paths
 from sources.toy import CONCEPTS, ToyWorld

@@ -1,4 +1,4 @@
-"""A manifest: a CSV and the files that it names."""
+"""A manifest: a CSV and the files that it names; and a folder whose files need none."""
 
 import csv
 import hashlib
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from files.decode import MAX_ROW, READERS, DataError, errors_named, read_imu, read_text, require
+from files.decode import MAX_ROW, READERS, DataError, errors_named, read_bytes, read_caption, require
 from model import MODALITIES
-from sources.base import Source
+from sources.base import COLUMN_OF, Source
 
 
 class Table(Source):
@@ -166,7 +166,7 @@ class Table(Source):
         require(cell, f"{modality} is empty")
         with errors_named(cell):
             if modality == "text":
-                return read_text(cell)
+                return READERS["text"](cell)
             return read_file(modality, self.locate(cell), row)
 
 
@@ -249,7 +249,7 @@ def read_file(modality, path, row):
     require(row.get("seconds"), f"start is {row['start']}, but seconds is empty: a clip needs both")
     start, seconds = float(row["start"]), float(row["seconds"])
     if modality == "imu":
-        return read_imu(imu_window(path, start, seconds) if path.suffix.lower() == ".csv" else path)
+        return READERS["imu"](imu_window(path, start, seconds) if path.suffix.lower() == ".csv" else path)
     if modality == "audio":
         return READERS["audio"](path, start, seconds)
     x = READERS["video"](path)
@@ -288,30 +288,98 @@ def imu_window(path, start, seconds):
                 return float(row.split(b",")[time]) / 1000
             return math.nan
 
-        def second_from(byte):
-            """The time of the first row that has one, from a byte on."""
-            file.seek(byte - 1)  # where a row begins at this very byte, its newline is read first
-            file.readline()
-            return next((at for at in map(second, file) if not math.isnan(at)), math.inf)
-
-        def rows_from(byte, all_of_it):
-            """[[second, 6 numbers], ...] of the window's rows that have all, by time."""
+        def rows_from(byte):
+            """Whole rows: where one begins at this very byte, the newline before it is read first."""
             file.seek(byte - 1)
             file.readline()
-            found = []
-            for row in file:
-                at = second(row)
-                cells = row.split(b",")
-                if start <= at < start + seconds and all(cells[c].strip() for c in channels):
-                    found.append([at, *(float(cells[c]) for c in channels)])
-                elif at >= start + seconds and not all_of_it:
-                    break
-            return sorted(found)
+            return file
+
+        def second_from(byte):
+            """The time of the first row that has one."""
+            return next((at for at in map(second, rows_from(byte)) if not math.isnan(at)), math.inf)
 
         place = head + bisect_left(range(head, path.stat().st_size), start, key=second_from)
-        for begin, all_of_it in ((place, False), (head, True)):
-            found = rows_from(begin, all_of_it)
+        for begin, end in ((place, start + seconds), (head, math.inf)):
+            found = []  # [[second, 6 numbers], ...] of the window's rows that have all
+            for row in rows_from(begin):
+                at, cells = second(row), row.split(b",")
+                if at >= end:
+                    break
+                if start <= at < start + seconds and all(cells[c].strip() for c in channels):
+                    found.append([at, *(float(cells[c]) for c in channels)])
+            found.sort()
             times = np.array([start, *(row[0] for row in found), start + seconds])
             if np.diff(times).max() <= IMU_GAP:
                 return [row[1:] for row in found]
     raise DataError(f"no rows for {np.diff(times).max():.1f} s of the window of {seconds:g} s at {start:g} s")
+
+
+# ---------------------------------------------------------------------------------------------
+# A folder without a CSV
+
+
+class Folder(Table):
+    """The samples in and below a folder; its first folders are their classes, where no .cls names them.
+
+    A file's ending says its modality (sources/base.py). Texts are read when it is opened. Raises DataError
+    if nothing in it has a known ending.
+    """
+
+    def __init__(self, folder, allow_outside=False):
+        self.reasons = {}
+        samples = self.samples_below(Path(folder))
+        require(samples, f"{folder}: no samples in it; files of a sample are STEM.ENDING with one of "
+                f"{', '.join(COLUMN_OF)}")
+        self.stems = list(samples)
+        held = set().union(*samples.values())  # the columns that some sample has
+        classes = {stem.split("/")[0] for stem in samples if "/" in stem}
+        if "label" not in held and len(classes) > 1:
+            held.add("label")
+            for stem, row in samples.items():
+                row["label"] = stem.split("/")[0] if "/" in stem else ""
+        content = io.StringIO()
+        writer = csv.DictWriter(content, [column for column in (*MODALITIES, "label") if column in held])
+        writer.writeheader()
+        writer.writerows(samples.values())
+        super().__init__(Path(folder, "its files"), content.getvalue().encode(), allow_outside=allow_outside)
+
+    def name(self, index):
+        return self.stems[index]
+
+    def samples_below(self, root):
+        """{stem: row} of the samples; files that belong to none are counted in `reasons`."""
+        samples = {}
+        for place, folders, names in os.walk(root, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(name for name in names if not name.startswith(".")):
+                path = os.path.relpath(os.path.join(place, name), root).replace(os.sep, "/")
+                stem, ending = split_ending(path)
+                column = COLUMN_OF.get(ending)
+                if column is None:
+                    self.pass_over(f"files ending .{ending} passed over", path)
+                elif column in samples.setdefault(stem, {}):
+                    self.pass_over(f"files passed over as a second {column}", path)
+                else:
+                    samples[stem][column] = path
+        for stem, row in list(samples.items()):
+            if not row.keys() - {"text", "label"}:  # a README is no sample
+                self.pass_over("texts without another file passed over", stem)
+                del samples[stem]
+            if "video" in row:  # its sound, where there is no sound file
+                row.setdefault("audio", row["video"])
+            for column in row.keys() & {"text", "label"}:
+                path = row[column]
+                row[column] = ""
+                with suppress(ValueError):
+                    row[column] = read_caption(read_bytes(root / path))
+                if not row[column]:
+                    self.pass_over(f"files of {column} cannot be read", path)
+        return samples
+
+
+def split_ending(path):
+    """A path's stem and ending, which may have two parts: a/dog.old.depth.png -> a/dog.old, depth.png."""
+    stem, _, ending = path.rpartition(".")
+    front, _, second = stem.rpartition(".")
+    double = f"{second}.{ending}".lower()
+    return (front, double) if double in COLUMN_OF else (stem, ending.lower())
