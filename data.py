@@ -9,7 +9,7 @@ image (H, W, 3) uint8, video a `Video`, text a string, audio a waveform (channel
 the disparity (H, W), NaN where nothing was measured, thermal (H, W) in 0..1, imu (6, T). Then it is
 *transformed*, here, to the tensor that the encoder of a given config reads.
 
-    python data.py SPEC       # whatever --data takes: its counts, classes, absent files, and units
+    python data.py SPEC       # looks at whatever --data takes, and says which command would use it
 """
 
 import itertools
@@ -37,13 +37,14 @@ AUDIO_CLIPS, VIDEO_CLIPS = 3, 5  # of one item in evaluation; their embeddings a
 
 
 def load(modality, item, config=None, **options):
-    """The evaluation tensor of one item: text itself, or the path of a file.
+    """The evaluation tensor of one item: text itself, the path or the bytes of a file, or what is in memory.
 
     image (3, 224, 224); text (77,) token ids; audio (3 clips, 1, 128, 204); depth and thermal
     (1, 224, 224); imu (6, 2000); video (5 clips * 3 crops, 3, 2, 224, 224); other sizes where
-    `config` (an EncoderConfig, as model.encoder(modality).config) says so. The bytes of a file stand for its
-    path; imu also takes an array. Options are the reader's (files/decode.py): depth takes baseline,
-    focal_length, scale and sunrgbd, thermal low and high, audio start and seconds. Raises DataError.
+    `config` (an EncoderConfig, as model.encoder(modality).config) says so. In memory: a Pillow picture, arrays
+    or tensors (shapes in files/README.md). Options are the reader's (files/decode.py): depth takes baseline,
+    focal_length, scale and sunrgbd, thermal low and high, audio start, seconds and, of samples in memory,
+    their rate (Hz), video the fps of frames. Raises DataError.
     """
     name = item if isinstance(item, (str, Path)) else f"these {modality} data"
     # Whatever goes wrong below becomes one line that names the item.
