@@ -41,10 +41,10 @@ def load(modality, item, config=None, **options):
 
     image (3, 224, 224); text (77,) token ids; audio (3 clips, 1, 128, 204); depth and thermal
     (1, 224, 224); imu (6, 2000); video (5 clips * 3 crops, 3, 2, 224, 224); other sizes where
-    `config` (an EncoderConfig, as model.encoder(modality).config) says so. In memory: a Pillow picture, arrays
-    or tensors (shapes in files/README.md). Options are the reader's (files/decode.py): depth takes baseline,
-    focal_length, scale and sunrgbd, thermal low and high, audio start, seconds and, of samples in memory,
-    their rate (Hz), video the fps of frames. Raises DataError.
+    `config` (an EncoderConfig, as model.encoder(modality).config) says so. In memory: a Pillow picture,
+    arrays or tensors (shapes in files/README.md). Options are the reader's (files/decode.py): depth takes
+    baseline, focal_length, scale and sunrgbd, thermal low and high, audio start, seconds and, of samples in
+    memory, their rate (Hz), video the fps of frames. Raises DataError.
     """
     name = item if isinstance(item, (str, Path)) else f"these {modality} data"
     # Whatever goes wrong below becomes one line that names the item.

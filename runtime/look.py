@@ -11,7 +11,6 @@ from data import transform
 from files.decode import SAMPLE_RATE, DataError, errors_named
 from model import preset
 from sources import DATASETS, open_data
-from sources.manifest import Table
 
 # Where the median of a modality's tensors lies when its units are those that the encoder is trained on
 USUAL = {"image": (-1.9, 2.1), "video": (-1.9, 2.1), "audio": (-1.3, 1.2), "depth": (-1.2, 1.5),
@@ -65,8 +64,7 @@ def show_split(source, split):
         indices, items = source.items(modality)
         firsts = indices[indices == items].tolist()  # one of each item
         print(f"  {modality}: in {(items >= 0).sum()} rows, {len(firsts)} different")
-        if firsts and modality != "text" and isinstance(source, Table):
-            show_files(source, modality, firsts)
+        show_files(source, modality, firsts)
         show_units(source, modality, firsts)
 
 
@@ -74,15 +72,16 @@ def show_files(source, modality, firsts, most=2000):
     """Prints how many files are not there, and how many hold what another holds, by size and beginning."""
     absent, copies, known = [], [], {}
     for index in firsts[:: len(firsts) // most + 1]:
-        cell = source.row(index)[modality]
-        path = source.root / cell
+        path = source.path(index, modality)
+        if path is None:
+            return
         if not path.is_file():
-            absent.append(cell)
+            absent.append(path)
             continue
         with open(path, "rb") as file:
-            first = known.setdefault((path.stat().st_size, hash(file.read(2**16))), cell)
-        if first != cell:
-            copies.append(f"{cell}, which equals {first}")
+            first = known.setdefault((path.stat().st_size, hash(file.read(2**16))), path)
+        if first != path:
+            copies.append(f"{path}, which equals {first}")
     for found, what in ((absent, "files are absent"), (copies, "files are copies of others")):
         if found:
             print(f"    {len(found)} {what}, such as {found[0]}")

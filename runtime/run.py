@@ -204,7 +204,7 @@ ROOT = Path(__file__).parent.parent
 
 # What a sample, the loss and a step depend on; evaluating an anchor does not change it
 TOY_CODE = ("model.py", "loss.py", "data.py", "train.py", "clip_weights.py", "files/decode.py",
-            "sources/base.py", "sources/toy.py")
+            "files/errors.py", "sources/base.py", "sources/toy.py")
 
 
 def code_digest(*patterns):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from files.errors import DataError
+from files.decode import DataError
 from sources.manifest import Folder, Table
 from sources.paper import DATASETS, open_dataset
 from sources.shards import Shards, shard_paths

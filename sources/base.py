@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from files.errors import require
+from files.decode import require
 
 # The endings that say what a file holds, in folders, in shards and in the paper's data sets
 ENDINGS = {
@@ -61,6 +61,9 @@ class Source:
     def name(self, index):
         """What messages call a sample: its file and line."""
         raise NotImplementedError
+
+    def path(self, index, modality):
+        """The file that one modality lies in; None where it has none of its own."""
 
     def fingerprint(self, modality=None):
         """Digest that changes with the table and, given a modality, with size or time of any of its files."""

@@ -156,6 +156,9 @@ class Table(Source):
         require(self.allow_outside or not leads_out, f"{cell}: outside the folder: --allow-outside reads it")
         return self.root / cell
 
+    def path(self, index, modality):
+        return None if modality == "text" else self.root / self.row(index)[modality]
+
     def require_file(self, modality, cells):
         there = modality == "text" or any(self.locate(cell).exists() for cell in cells)
         require(there, f"none of the first {len(cells)} {modality} files exists: {self.root / cells[0]}")

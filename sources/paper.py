@@ -38,7 +38,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from files.errors import DataError, errors_named
+from files.decode import DataError, errors_named
 from model import MODALITIES
 from sources.manifest import Table
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "loss.py": set(),
     "files": set(),
     "model.py": {"files/checkpoints.py"},
-    "clip_weights.py": {"model.py", "files/checkpoints.py"},
+    "clip_weights.py": {"model.py", "files/checkpoints.py", "files/errors.py"},
     "sources": {"model.py", "files/decode.py"},
     "data.py": {"model.py", "clip_weights.py", "files/decode.py", "files/randaugment.py"},
     "runtime": {"data.py", "clip_weights.py", "model.py", "loss.py"} | ANY_OF["sources"] | ANY_OF["files"],
