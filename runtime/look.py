@@ -72,7 +72,7 @@ def show_files(source, modality, firsts, most=2000):
     """Prints how many files are not there, and how many hold what another holds, by size and beginning."""
     absent, copies, known = [], [], {}
     for index in firsts[:: len(firsts) // most + 1]:
-        path = source.path(index, modality)
+        path = source.file_of(index, modality)
         if path is None:
             return
         if not path.is_file():

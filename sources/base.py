@@ -62,7 +62,7 @@ class Source:
         """What messages call a sample: its file and line."""
         raise NotImplementedError
 
-    def path(self, index, modality):
+    def file_of(self, index, modality):
         """The file that one modality lies in; None where it has none of its own."""
 
     def fingerprint(self, modality=None):

@@ -156,7 +156,7 @@ class Table(Source):
         require(self.allow_outside or not leads_out, f"{cell}: outside the folder: --allow-outside reads it")
         return self.root / cell
 
-    def path(self, index, modality):
+    def file_of(self, index, modality):
         return None if modality == "text" else self.root / self.row(index)[modality]
 
     def require_file(self, modality, cells):
