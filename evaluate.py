@@ -511,6 +511,8 @@ def retrieval(args, model, source):
         raise UsageError(f"every {args.query} would find itself: name two modalities")
     if args.match == "class" and not source.classes:
         raise UsageError("--match class needs data with classes (a label column)")
+    if args.weights and len(args.weights) != len(added):
+        raise UsageError(f"--weights: {len(args.weights)} for the {len(added)} modalities of {args.gallery}")
     q = embed_items(model, source, args.query, args.batch_size, args.workers)
     g = embed_sum(args, model, source, added)
     warn_of_unreadable(q.bad + g.bad)
@@ -529,8 +531,6 @@ def embed_sum(args, model, source, modalities):
     if len(parts) == 1:
         return parts[0]
     weights = args.weights or ([0.95, 0.05] if modalities == ["video", "audio"] else [1.0] * len(parts))
-    if len(weights) != len(parts):
-        raise UsageError(f"--weights: {len(weights)} for the {len(parts)} modalities of {args.gallery}")
     at = torch.stack([places(source, m, part) for m, part in zip(modalities, parts)])  # (parts, samples)
     at = at[:, (at >= 0).all(0)].unique(dim=1)  # of samples that have all
     total = sum(weight * part.z[place] for weight, part, place in zip(weights, parts, at))
@@ -608,8 +608,8 @@ def arithmetic(args, model, source):
     parts = []
     for part in args.add:
         modality, _, item = part.partition("=")
-        if modality not in MODALITIES:
-            raise UsageError(f"--add takes one of {', '.join(MODALITIES)} before =, not {modality!r}")
+        if modality not in MODALITIES or not item:
+            raise UsageError(f"--add takes MODALITY=ITEM, with one of {', '.join(MODALITIES)}, not {part!r}")
         require_joined(model, None, modality, args.gallery)
         parts.append(embed_item(model, modality, item).cpu())
     gallery = embed_items(model, source, args.gallery, args.batch_size, args.workers)
@@ -664,29 +664,30 @@ def parse_args():
     # What all commands take; compare alone reads no data but the items it is given.
     for name in COMMANDS:
         cli.add_checkpoint(add[name])
-        add[name]("--json", help="also write the figures to this file")
+        add[name]("--json", type=cli.output_file, help="also write the figures to this file")
         if name != "compare":
-            add[name]("--data", default="toy", help=f"toy, CSV, shards, NAME:ROOT of {', '.join(DATASETS)}")
+            add[name]("--data", type=cli.filled, default="toy",
+                      help=f"toy, CSV, folder, shards, NAME:ROOT of {', '.join(DATASETS)}")
             add[name]("--allow-outside", action="store_true", help="read files outside a CSV's folder, too")
             add[name]("--batch-size", type=cli.positive, default=64)
-            add[name]("--workers", type=cli.count, default=2)
+            add[name]("--workers", type=cli.workers, default=2)
     add["zeroshot"]("--modality", choices=[m for m in MODALITIES if m != "text"], required=True)
     add["zeroshot"]("--templates", type=cli.read_lines, help="a file of prompts, a line each, {}: the class")
     add["zeroshot"]("--class-names", type=cli.read_lines, help="a file of names, a line each; several by |")
     add["zeroshot"]("--partial", action="store_true", help="classes without items are passed over")
     add["retrieval"]("--query", choices=MODALITIES, required=True)
     add["retrieval"]("--gallery", type=cli.parse_sum, required=True, help="one, or a sum: video+audio")
-    add["retrieval"]("--weights", type=float, nargs="+", help="of a sum (video+audio: 0.95 0.05; else equal)")
+    add["retrieval"]("--weights", type=cli.amount, nargs="+", help="of a sum (video+audio: 0.95 0.05)")
     add["retrieval"]("--match", choices=("item", "class"), default="item", help="what is right for a query")
     add["fewshot"]("--modality", choices=MODALITIES, required=True)
     add["fewshot"]("--shots", type=cli.positive, nargs="+", default=[1, 2, 4, 8], help="items per class")
     add["fewshot"]("--draws", type=cli.positive, default=5)
-    add["fewshot"]("--l2", type=float, default=1e-3, help="weight of the probe's regularisation")
+    add["fewshot"]("--l2", type=cli.amount, default=1e-3, help="weight of the probe's regularisation")
     add["arithmetic"]("--add", nargs="+", metavar="MODALITY=ITEM", help="what to add up: files, or text")
     add["arithmetic"]("--gallery", choices=MODALITIES, default="image", help="what is searched")
     add["arithmetic"]("--top", type=cli.positive, default=5, help="how many found items to show")
     for m in MODALITIES:
-        add["compare"](f"--{m}", nargs="+", metavar="TEXT" if m == "text" else "FILE")
+        add["compare"](f"--{m}", type=cli.filled, nargs="+", metavar="TEXT" if m == "text" else "FILE")
     return parser.parse_args()
 
 

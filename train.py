@@ -506,11 +506,13 @@ def train(args, run):
     pairs = cli.parse_pairs(args.pair)
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # loader processes are seeded from torch's
         seed(args.seed)
-    # Fail early, before the toy anchor is trained.
+    # Fail early, before the toy anchor is trained. --clip or the anchor has these weights, --init any.
+    known = set(MODALITIES if args.init else ("image", "text"))
     for pair in pairs:
         source = open_pair(args, pair, pair[1])
         settings_for(args, pair[1], *data.count_rows(source, pair))
-        roles(pair, MODALITIES, args.learn)  # as if all had weights: that is known later
+        roles(pair, known, args.learn)
+        known.update(encoder_of(m) for m in pair)
     require_evaluation(args, pairs)
     # The model as it was saved, or as it begins.
     device = cli.choose_device()
@@ -579,17 +581,17 @@ def add_options(parser):
     add = parser.add_argument
     # What is trained on what, from which weights.
     add("--pair", help="two of " + ", ".join(MODALITIES) + ", anchor first, joined by -; several by commas")
-    add("--data", default="toy", help="toy, a manifest (CSV), tar shards, or NAME:ROOT")
+    add("--data", type=cli.filled, default="toy", help="toy, a CSV, a folder, tar shards, or NAME:ROOT")
     add("--allow-outside", action="store_true", help="read files outside a manifest's folder, too")
-    add("--eval-data", help="held-out data (default: the test split, else the training items)")
+    add("--eval-data", type=cli.filled, help="held-out data (default: the test split, else the training items)")
     add("--preset", choices=tuple(PRESETS), help="sizes of new encoders (default: tiny for toy, else base)")
-    add("--init", help="start from the encoders of a run, a model.pt, or any file or name that --clip takes")
-    add("--clip", help="bind to this CLIP's frozen encoders: a file, a folder, or a name such as ViT-B-16")
+    add("--init", type=cli.filled, help="start from the encoders of a run, a model.pt, or what --clip takes")
+    add("--clip", type=cli.filled, help="bind to this CLIP's frozen encoders: a file, a folder, or a name")
     add("--heads", type=cli.parse_heads, help="heads of --clip where no file tells: image=16,text=12")
     add("--activation", choices=("gelu", "quick_gelu"), help="of --clip where no file tells")
     add("--learn", type=cli.parse_learn, help="who learns, by commas (default: the rule above)")
-    add("--out", help="the run's folder (default: runs/PAIR, numbered if that exists)")
-    add("--resume", metavar="RUN", help="resume the run in this folder, with its own options")
+    add("--out", type=cli.filled, help="the run's folder (default: runs/PAIR, numbered if that exists)")
+    add("--resume", type=cli.filled, metavar="RUN", help="resume the run in this folder, with its own options")
     # These have no default here: it is the pair's row of SETTINGS.
     add("--epochs", type=cli.positive)
     add("--batch-size", type=cli.positive, help="pairs over all processes")
@@ -614,7 +616,7 @@ def add_options(parser):
     add("--eval-every", type=cli.count, default=0, help="evaluate every so many steps")
     add("--save-every", type=cli.amount, default=300, help="seconds between checkpoints")
     add("--max-bad", type=cli.amount, default=0.01, help="largest share of items that cannot be read")
-    add("--workers", type=cli.count, default=2, help="loader processes")
+    add("--workers", type=cli.workers, default=2, help="loader processes")
     add("--seed", type=cli.count, default=0)
 
 

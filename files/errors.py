@@ -16,7 +16,7 @@ def require(holds, reason):
 @contextmanager
 def errors_named(item):
     """Turns any exception while an item is prepared into a DataError: one line that begins with its name."""
-    name = " ".join(str(item)[:200].split())
+    name = " ".join(str(item)[:200].split()) or "no name"
     try:
         yield
     except Exception as error:

@@ -1,7 +1,6 @@
 """What every command line here shares: errors and exit status, types of options, device, --checkpoint."""
 
 import argparse
-import errno
 import math
 import os
 import sys
@@ -30,6 +29,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors as UsageError."""
 
     def error(self, message):
+        for word in sys.argv[1:]:
+            if word.startswith("-") and not word.startswith("--") and "." in word:  # a file's name
+                message += f"; a name that begins with - is written ./{word}"
         raise UsageError(message)
 
 
@@ -42,9 +44,9 @@ def run_main(main):
     except RunError as error:
         sys.exit(report_error(error, 1))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(report_error(f"{error.strerror} {error.filename or ''}", 1))
+        sys.exit(report_error(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1))
+    except MemoryError as error:
+        sys.exit(report_error(f"not enough memory: {error}", 1))
 
 
 def report_error(error, status):
@@ -68,23 +70,25 @@ def number(kind, wanted, allowed):
     return parse
 
 
-positive = number(int, "a whole number above 0", lambda n: n > 0)
-positive_float = number(float, "a number above 0", lambda x: 0 < x < math.inf)
-count = number(int, "a whole number at least 0", lambda n: n >= 0)
-amount = number(float, "a number at least 0", lambda x: 0 <= x < math.inf)
+positive = number(int, "a whole number above 0, at most 1e9", lambda n: 0 < n <= 1e9)
+positive_float = number(float, "a number above 0, at most 1e9", lambda x: 0 < x <= 1e9)
+count = number(int, "a whole number from 0 to 1e9", lambda n: 0 <= n <= 1e9)
+workers = number(int, "a whole number from 0 to 1024", lambda n: 0 <= n <= 1024)
+amount = number(float, "a number from 0 to 1e9", lambda x: 0 <= x <= 1e9)
+filled = number(str, "a name", str.strip)
 share = number(float, "a number at least 0 and below 1", lambda x: 0 <= x < 1)
 
 
 def parse_heads(text):
     """ "image=16,text=12" -> {"image": 16, "text": 12}."""
     heads = {}
-    try:
+    with suppress(ValueError):
         for part in text.split(","):
             modality, heads_of_it = part.split("=")
             heads[modality] = int(heads_of_it)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: heads are given as image=16,text=12") from None
-    return heads
+        if heads.keys() <= set(MODALITIES) and all(0 < n <= 1024 for n in heads.values()):
+            return heads
+    raise argparse.ArgumentTypeError(f"{text}: heads are given as image=16,text=12")
 
 
 def parse_pairs(text):
@@ -124,12 +128,19 @@ def parse_temperature(text):
     return number(float, f"a number at least {least:g}, or 'learned'", lambda x: least <= x < math.inf)(text)
 
 
+def output_file(text):
+    """The path of a file that can be written, known before the work whose result it takes."""
+    if not text or Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: not a file in a folder that is there")
+    return text
+
+
 def read_lines(path):
     """The lines of a file that are not empty; one empty line if none is."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
     return [line.strip() for line in lines if line.strip()] or [""]
 
 
@@ -161,8 +172,8 @@ def choose_amp(name, device):
 
 def add_checkpoint(add):
     """Adds the options that say which model: those of load_model."""
-    add("--checkpoint", help="a run's folder or model.pt (default: the newest run), a CLIP or ImageBind "
-        "file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
+    add("--checkpoint", type=filled, help="a run's folder or model.pt (default: the newest run), a CLIP or "
+        "ImageBind file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
     add("--heads", type=parse_heads, help="attention heads where no file says: image=16,text=12")
     add("--activation", choices=("gelu", "quick_gelu"), help="of a CLIP where no file says")
 

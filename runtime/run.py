@@ -151,6 +151,8 @@ def new_folder(args):
     if rank() == 0:  # rank 0 decides for all: a slower process would already see this folder
         name = args.pair.replace(",", "+")
         candidates = [Path(args.out)] if args.out else numbered(Path("runs") / name)
+        if args.out and any(path.is_file() for path in (Path(args.out), *Path(args.out).parents)):
+            raise UsageError(f"--out {args.out}: there is a file where the run's folder would be")
         free = (path for path in candidates if not (path / "config.json").exists())
         found = [next(free, None)]
     if processes() > 1:
