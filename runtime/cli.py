@@ -39,19 +39,14 @@ def run_main(main):
     """Calls a command line's main; what goes wrong becomes one line and the exit status."""
     try:
         main()
-    except (UsageError, DataError) as error:
-        sys.exit(report_error(error, 2))
-    except RunError as error:
-        sys.exit(report_error(error, 1))
-    except OSError as error:
-        sys.exit(report_error(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1))
-    except MemoryError as error:
-        sys.exit(report_error(f"not enough memory: {error}", 1))
-
-
-def report_error(error, status):
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    return status
+    except (UsageError, DataError, RunError, OSError, MemoryError) as error:
+        reason = error
+        if isinstance(error, OSError):
+            reason = f"{error.strerror or error} {error.filename or ''}"
+        elif isinstance(error, MemoryError):
+            reason = f"not enough memory: {error}"
+        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, (UsageError, DataError)) else 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,25 +88,21 @@ def parse_heads(text):
 
 def parse_pairs(text):
     """ "image-audio,image-depth" -> [("image", "audio"), ("image", "depth")]. Raises UsageError."""
-    pairs = []
-    for name in text.split(","):
-        pair = tuple(name.split("-"))
+    pairs = [tuple(name.split("-")) for name in text.split(",")]
+    for pair in pairs:
         if len(set(pair)) != 2 or len(pair) != 2 or not set(pair) <= set(MODALITIES):
-            raise UsageError(f"--pair {name}: a pair is two different ones of {', '.join(MODALITIES)}, "
-                             "joined by -")
-        if pair in pairs or pair[::-1] in pairs:
-            raise UsageError(f"--pair {text}: names a pair twice; for longer training set --epochs")
-        pairs.append(pair)
+            raise UsageError(f"--pair {'-'.join(pair)}: a pair is two of {', '.join(MODALITIES)}, with a -")
+    if len(set(map(frozenset, pairs))) < len(pairs):
+        raise UsageError(f"--pair {text}: names a pair twice; for longer training set --epochs")
     return pairs
 
 
 def parse_learn(text, separator=","):
     """ "image,audio" -> ["image", "audio"]."""
-    names = text.split(separator)
-    for name in names:
-        if name not in MODALITIES:
-            raise argparse.ArgumentTypeError(f"{name}: not one of {', '.join(MODALITIES)}")
-    return names
+    unknown = [name for name in text.split(separator) if name not in MODALITIES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: not one of {', '.join(MODALITIES)}")
+    return text.split(separator)
 
 
 def parse_sum(text):
@@ -123,8 +114,7 @@ def parse_temperature(text):
     """A number, or "learned"."""
     if text == "learned":
         return text
-    # 1 / temperature is the logit scale, which has a largest value
-    least = 1 / MAX_LOGIT_SCALE
+    least = 1 / MAX_LOGIT_SCALE  # 1 / temperature is the logit scale, which has a largest value
     return number(float, f"a number at least {least:g}, or 'learned'", lambda x: least <= x < math.inf)(text)
 
 
@@ -181,8 +171,7 @@ def add_checkpoint(add):
 def open_checkpoint(args):
     """The model that the options of add_checkpoint name, on the device; says which, where none is named."""
     if args.checkpoint is None:
-        args.checkpoint = newest_run()
-        print(f"checkpoint: {args.checkpoint}")
+        print(f"checkpoint: {newest_run()}")
     return load_model(args.checkpoint, args.heads, args.activation).to(choose_device())
 
 

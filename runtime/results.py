@@ -22,8 +22,8 @@ def warn_of_equal_names(model, names):
     """Which names of classes are the same text to a model, on standard error: they cannot be told apart."""
     known = {}  # the first name by its token ids
     for name in "|".join(names).split("|"):
-        ids = load("text", name, model.encoder("text").config)
-        first = known.setdefault(tuple(ids.tolist()), name)
+        ids = load("text", name, model.encoder("text").config).tolist()
+        first = known.setdefault(tuple(ids), name)
         if first is not name:
             print(f"classes {first!r} and {name!r} have equal prompts", file=sys.stderr)
 
@@ -37,14 +37,10 @@ def left_out(source, bad, modalities):
 
 def left_out_in_words(result):
     """How many items a result's figures are without, and why."""
-    words = f"{result['bad']} unreadable, {result['absent']} absent"
-    if result.get("unlabelled"):
-        words += f", {result['unlabelled']} unlabelled"
-    if result.get("without_match"):
-        words += f", {result['without_match']} without a match"
-    if result.get("note"):
-        words += f", {result['note']}"
-    return words
+    words = [f"{result['bad']} unreadable, {result['absent']} absent"]
+    for key in ("unlabelled", "without_match"):
+        words += [f"{result[key]} {key.replace('_', ' ')}"] if result.get(key) else []
+    return ", ".join(words + [result["note"]] * bool(result.get("note")))
 
 
 def show_zeroshot(result):
@@ -88,18 +84,17 @@ def trained_together(pairs, a, b):
 
 def matrix_table(modalities, recall, pairs):
     """R@1 between all pairs of modalities as text, a row for each that asks."""
-    lines = ["R@1 in %, row asks column; * trained together, everything else is emergent"]
-    lines.append(" " * 9 + "".join(f"{m:>9}" for m in modalities))
+    table = "R@1 in %, row asks column; * trained together, everything else is emergent\n" + " " * 9
+    table += "".join(f"{m:>9}" for m in modalities)
     for a in modalities:
-        line = f"{a:9}"
+        table += f"\n{a:9}"
         for b in modalities:
             # A figure ends with a mark or a space, so that the digits of a column line up.
             cell = "-" if a == b else "unbound "
             if f"{a}->{b}" in recall:
                 cell = f"{100 * recall[f'{a}->{b}']:.1f}" + ("*" if trained_together(pairs, a, b) else " ")
-            line += f"{cell:>9}"
-        lines.append(line)
-    return "\n".join(lines)
+            table += f"{cell:>9}"
+    return table
 
 
 def show_summary(modalities, figures, pairs):

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Bad, collate
-from files.checkpoints import read_checkpoint, save_atomic
+from files.checkpoints import read_checkpoint, read_json, save_atomic
+from files.errors import errors_named
 from loss import processes, rank
 from runtime.cli import RunError, UsageError
 
@@ -54,13 +55,8 @@ class Run:
 
     def read_config(self):
         """What write_config wrote; {} if there is none."""
-        path = self.folder / "config.json"
-        if not path.exists():
-            return {}
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{path}: {error}") from None
+        with errors_named(self.folder):
+            return read_json(self.folder / "config.json")
 
     def log(self, **event):
         self.append("log.jsonl", json.dumps(event))
@@ -81,9 +77,8 @@ class Run:
             dist.all_gather_object(gathered, items)
             items = [Bad(*item) for part in gathered for item in part]
         path = self.folder / "bad_items.txt"
-        known = set()
-        if path.exists():
-            known = {line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        known = {line.split("\t")[0] for line in lines}
         for item in dict.fromkeys(items):
             if item.name not in known:
                 self.append("bad_items.txt", f"{item.name}\t{item.reason}")
@@ -136,9 +131,7 @@ class Run:
     def finished(self):
         """Whether the last thing this run logged is its final evaluation."""
         log = self.folder / "log.jsonl"
-        if not log.exists() or log.stat().st_size == 0:
-            return False
-        last = json.loads(log.read_text().splitlines()[-1])
+        last = json.loads(log.read_text().splitlines()[-1]) if log.exists() and log.stat().st_size else {}
         return last.get("event") == "eval" and "step" not in last
 
     def resume_command(self):

@@ -19,9 +19,10 @@ AMOUNTS = ("-1", "x", "nan", "inf", "1e400", "")
 ABOVE_0 = ("0", *AMOUNTS)
 SHARES = ("1", "2", *AMOUNTS)
 # Files by what they are: {F} is the folder that `place` makes
-DATA = ("{F}/none.csv", "{F}/empty", "{F}/picture.png", "{F}/empty.csv", "{F}/words.csv", "", "esc50:{F}/none",
-        "esc50:{F}/empty", "nodata:{F}", "{F}/none.tar", "{F}/empty.tar", "-1.csv")
-WEIGHTS = ("{F}/none.pt", "{F}/empty", "{F}/picture.png", "{F}/empty.csv", "", "ViT-B-99", "{F}/words.csv/x.pt")
+DATA = ("{F}/none.csv", "{F}/empty", "{F}/picture.png", "{F}/empty.csv", "{F}/words.csv", "",
+        "esc50:{F}/none", "esc50:{F}/empty", "nodata:{F}", "{F}/none.tar", "{F}/empty.tar", "-1.csv")
+WEIGHTS = ("{F}/none.pt", "{F}/empty", "{F}/picture.png", "{F}/empty.csv", "", "ViT-B-99",
+           "{F}/words.csv/x.pt")
 HEADS = ("image=0", "image=-1", "smell=3", "nonsense", "", "image=", "image=7,image", f"image={HUGE}")
 LINES = ("{F}/none.txt", "{F}/empty", "{F}/picture.png", "")
 ITEMS = ("{F}/none.x", "{F}/empty", "{F}/empty.csv", "")
