@@ -609,7 +609,7 @@ def arithmetic(args, model, source):
     for part in args.add:
         modality, _, item = part.partition("=")
         if modality not in MODALITIES or not item:
-            raise UsageError(f"--add takes MODALITY=ITEM, with one of {', '.join(MODALITIES)}, not {part!r}")
+            raise UsageError(f"--add takes one of {', '.join(MODALITIES)}, = and an item, not {modality!r}")
         require_joined(model, None, modality, args.gallery)
         parts.append(embed_item(model, modality, item).cpu())
     gallery = embed_items(model, source, args.gallery, args.batch_size, args.workers)

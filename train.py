@@ -583,7 +583,7 @@ def add_options(parser):
     add("--pair", help="two of " + ", ".join(MODALITIES) + ", anchor first, joined by -; several by commas")
     add("--data", type=cli.filled, default="toy", help="toy, a CSV, a folder, tar shards, or NAME:ROOT")
     add("--allow-outside", action="store_true", help="read files outside a manifest's folder, too")
-    add("--eval-data", type=cli.filled, help="held-out data (default: the test split, else the training items)")
+    add("--eval-data", type=cli.filled, help="held-out data (default: the test split, else training's)")
     add("--preset", choices=tuple(PRESETS), help="sizes of new encoders (default: tiny for toy, else base)")
     add("--init", type=cli.filled, help="start from the encoders of a run, a model.pt, or what --clip takes")
     add("--clip", type=cli.filled, help="bind to this CLIP's frozen encoders: a file, a folder, or a name")
@@ -591,7 +591,7 @@ def add_options(parser):
     add("--activation", choices=("gelu", "quick_gelu"), help="of --clip where no file tells")
     add("--learn", type=cli.parse_learn, help="who learns, by commas (default: the rule above)")
     add("--out", type=cli.filled, help="the run's folder (default: runs/PAIR, numbered if that exists)")
-    add("--resume", type=cli.filled, metavar="RUN", help="resume the run in this folder, with its own options")
+    add("--resume", type=cli.filled, metavar="RUN", help="resume the run in this folder, with its options")
     # These have no default here: it is the pair's row of SETTINGS.
     add("--epochs", type=cli.positive)
     add("--batch-size", type=cli.positive, help="pairs over all processes")

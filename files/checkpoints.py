@@ -255,7 +255,7 @@ def save_atomic(obj, path):
         partial.unlink(missing_ok=True)
         needed, free = sum(t.nbytes for _, t in tensors_in(obj)), shutil.disk_usage(path.parent).free
         if getattr(error, "errno", None) == errno.ENOSPC or free < needed:
-            reason = f"no space for {path}: it needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+            reason = f"no space for {path}: it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
             raise OSError(errno.ENOSPC, f"{reason}; what was saved before is whole") from error
         raise
     os.replace(partial, path)  # in one step: a reader finds the old file or the new one

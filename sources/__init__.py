@@ -26,6 +26,6 @@ def open_data(spec, split="train", size=None, allow_outside=False):
     if Path(spec).is_dir():
         return Folder(spec, allow_outside)
     if not Path(spec).is_file():
-        raise DataError(f"{spec}: no such file; --data takes toy, a CSV, a folder, shards ending in .tar, "
-                        f"or NAME:ROOT with NAME one of {', '.join(DATASETS)}")
+        raise DataError(f"{spec}: no such manifest or folder; --data takes toy, a CSV, a folder, shards "
+                        f"ending in .tar, or NAME:ROOT with NAME one of {', '.join(DATASETS)}")
     return Table(spec, allow_outside=allow_outside)

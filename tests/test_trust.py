@@ -297,7 +297,7 @@ def printed(name, result, capsys):
 
 def arguments(**options):
     usual = {"batch_size": 8, "workers": 0, "partial": True, "templates": None, "class_names": None,
-             "data": "m.csv", "shots": [1], "draws": 1, "l2": 1e-3, "top": 1}
+             "data": "m.csv", "shots": [1], "draws": 1, "l2": 1e-3, "top": 1, "weights": None}
     return argparse.Namespace(**usual | options)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import evaluate
 import train
-from model import ImageBind, preset
+from model import MODALITIES, ImageBind, preset
 from runtime import cli
 
 HUGE = str(10**30)
@@ -49,10 +49,10 @@ EVALUATE = {
     "retrieval": {"--query": MODALITY, "--gallery": ("audio+", "+", "audio+smell", *MODALITY),
                   "--weights": ("nan", "x", "1 2 3", "inf", ""), "--match": ("all",)},
     "fewshot": {"--modality": MODALITY, "--shots": POSITIVE, "--draws": POSITIVE, "--l2": AMOUNTS},
-    "arithmetic": {"--add": ("image", "smell=x", "image=", "image={F}/none.png", "", "thermal={F}/picture.png"),
+    "arithmetic": {"--add": ("image", "smell=x", "image=", "image={F}/none.png", "", "thermal={F}/x.png"),
                    "--gallery": MODALITY, "--top": POSITIVE},
     "matrix": {},
-    "compare": {f"--{m}": ITEMS for m in ("image", "audio", "depth", "thermal", "imu", "video")} | {"--text": [""]},
+    "compare": {f"--{m}": ITEMS for m in MODALITIES} | {"--text": [""]},
 }
 FIXED = {"zeroshot": "--modality audio", "retrieval": "--query image --gallery audio",
          "fewshot": "--modality audio", "arithmetic": "--add image={F}/picture.png --gallery audio",
@@ -124,7 +124,7 @@ def test_a_wrong_value_is_one_line_before_any_work(main, fixed, option, value, p
 
 
 def options_of(parser):
-    return {string for action in parser._actions for string in action.option_strings if string.startswith("--")}
+    return {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
 
 
 def test_every_option_with_a_value_has_wrong_ones(monkeypatch):
