@@ -30,7 +30,7 @@ import regex
 import torch
 
 from files.checkpoints import cached, errors_of_file, read_json, read_weights, save_atomic, unwrap, weights_in
-from files.errors import require
+from files.errors import DataError, require
 from model import PRESETS, Encoder, EncoderConfig, ImageBind
 
 # What each format calls the parameters of model.py's encoders: our name -> the name in the file.
@@ -164,7 +164,7 @@ def load_pretrained(name, heads=None, activation=None):
             return ImageBind.from_state(content)
         if not heads.keys() <= PRESETS["huge"].keys():
             known = ", ".join(PRESETS["huge"])
-            raise ValueError(f"heads are given for {', '.join(heads)}, but encoders are {known}")
+            raise DataError(f"heads are given for {', '.join(heads)}, but encoders are {known}")
         label = f"{path.name} {content.get('name', '')}"  # an OpenCLIP run notes the name of its model
         tensors = unwrap(content)  # empties it, so that convert holds the last reference to each
         join_qkv(tensors)
@@ -211,7 +211,7 @@ def find_weights(name):
     models = [model for model in DOWNLOADS if model not in ("vocabulary", "prompts")]
     if name in models:
         return cached(*DOWNLOADS[name], LICENCES.get(name))
-    raise ValueError(f"{path}: no such file, and not one of the names {', '.join(models)}")
+    raise DataError(f"{path}: no such file, and not one of the names {', '.join(models)}")
 
 
 def join_qkv(tensors):
@@ -231,7 +231,7 @@ def layout_of(tensors):
             return layout
     first = ", ".join(list(tensors)[:3])
     names = f"its first names are {first}" if tensors else "it holds no tensors"
-    raise ValueError(f"neither CLIP nor ImageBind: {names[:200]}")
+    raise DataError(f"neither CLIP nor ImageBind: {names[:200]}")
 
 
 def towers_in(tensors, layout):
@@ -592,7 +592,7 @@ def tokenizer(vocab):
         return Tokenizer()
     if vocab == CLIP_MERGES + 514:
         return Tokenizer(read_merges(vocabulary_file()))
-    raise ValueError(f"no vocabulary of {vocab} tokens is known, only 514 (bytes) and 49408 (CLIP)")
+    raise DataError(f"no vocabulary of {vocab} tokens is known, only 514 (bytes) and 49408 (CLIP)")
 
 
 def read_merges(path):
@@ -616,7 +616,7 @@ def clip_file(name, given=None):
     path = Path(given or cached(address, digest))
     require(path.is_file(), f"{path}: no such file, though CLIP_BPE names it as CLIP's {name}")
     if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        raise ValueError(f"{path}: not CLIP's {address.rsplit('/', 1)[-1]}, whose SHA-256 is {digest}")
+        raise DataError(f"{path}: not CLIP's {address.rsplit('/', 1)[-1]}, whose SHA-256 is {digest}")
     return path
 
 

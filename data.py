@@ -14,6 +14,7 @@ the disparity (H, W), NaN where nothing was measured, thermal (H, W) in 0..1, im
 
 import itertools
 import math
+import signal
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -579,6 +580,20 @@ def batches_of_items(rows, items, batch_size):
             else:
                 batch[items[row]] = row
         yield list(batch.values())
+
+
+def load_batches(samples, keys, workers, device):
+    """Batches of tensors, each with the Bad items it lacks, made ahead by `workers` processes."""
+    loader = torch.utils.data.DataLoader(
+        samples, batch_sampler=keys, num_workers=workers, collate_fn=collate,
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
+    return iter(loader)
+
+
+def ignore_signals(worker):
+    """In loader processes: a signal to the whole group ends the run through the main process alone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from tqdm import tqdm
 import data
 from clip_weights import clip_prompts
 from loss import row_slices
-from model import MODALITIES, encoder_of
+from model import MODALITIES, encoder_of, trained_pairs
 from runtime import cli
 from runtime.cli import UsageError
-from runtime.results import left_out, show, trained_pairs, warn_of_equal_names, warn_of_unreadable
+from runtime.results import left_out, show
 from sources import DATASETS, open_data
 
 # How many scores of queries and gallery are in memory: 64 MB in float32
@@ -396,6 +396,22 @@ def match_probabilities(model, a, b, za, zb):
 
 # ---------------------------------------------------------------------------------------------
 # What commands ask of a model and its data
+
+
+def warn_of_unreadable(bad):
+    """The first reasons why items could not be read, on standard error."""
+    for item in list(dict.fromkeys(bad))[:3]:
+        print(f"unreadable: {item.reason}", file=sys.stderr)
+
+
+def warn_of_equal_names(model, names):
+    """Which names of classes are the same text to a model, on standard error: they cannot be told apart."""
+    known = {}  # the first name by its token ids
+    for name in "|".join(names).split("|"):
+        ids = data.load("text", name, model.encoder("text").config).tolist()
+        first = known.setdefault(tuple(ids), name)
+        if first is not name:
+            print(f"classes {first!r} and {name!r} have equal prompts", file=sys.stderr)
 
 
 def require_joined(model, source, *modalities):

@@ -108,6 +108,16 @@ def encoder_of(modality):
     return "image" if modality == "video" else modality
 
 
+def trained_pairs(pairs):
+    """The encoders that were trained together, as sets: {"image", "audio"}, and {"image"} for image-video."""
+    return [set(map(encoder_of, pair.split("-"))) for pair in pairs]
+
+
+def trained_together(pairs, a, b):
+    """Whether any pair trained these two modalities' encoders together."""
+    return {encoder_of(a), encoder_of(b)} in trained_pairs(pairs)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over (B, N, D), one fused kernel.
 

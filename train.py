@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from files.checkpoints import weights_digest
+from clip_weights import tokenizer
 from loss import MAX_LOGIT_SCALE, make_loss, processes, rank
 from model import MODALITIES, PRESETS, ImageBind, encoder_of, preset
 from runtime import cli
 from runtime.cache import cache_anchor, without_anchor
 from runtime.cli import RunError, UsageError
 from runtime.results import left_out, show_summary
-from runtime.run import STOP, Run, load_batches, new_folder, options_of_run, wait_for_all
+from runtime.run import STOP, Run, new_folder, options_of_run, wait_for_all
 from sources import open_data
 
 # The paper's settings by the modality that learns (appendix B, table 9); image and text as in CLIP.
@@ -343,7 +343,7 @@ def training_batches(args, run, model, pair, frozen, source, settings, start, am
     keys = data.batch_keys(source, settings["batch_size"], epochs, settings["replicate"], args.seed,
                            start, rank(), processes(), pair)
     samples = data.Samples(source, configs, args.seed, cache, settings["augment"])
-    return learning, load_batches(samples, keys, args.workers, device)
+    return learning, data.load_batches(samples, keys, args.workers, device)
 
 
 def next_batch(batches, run, counts, max_bad):
@@ -433,56 +433,26 @@ def initial_model(args, pairs, run):
     toy = args.data == "toy" and not args.clip
     kind = args.preset or ("tiny" if toy else "base")
     needed = list(dict.fromkeys(encoder_of(m) for m in in_pairs(pairs)))
-    # Models whose encoders this one takes over; --clip's replace --init's.
-    given = []
-    if args.init:
-        given.append(cli.load_model(args.init))
-    if args.clip:
-        given.append(cli.load_model(args.clip, args.heads, args.activation))
+    # The model whose encoders this one takes over.
+    given = None
+    if args.init and args.clip:
+        raise UsageError("--init and --clip: a run begins with one of them")
     binds_to_anchor = set(needed) & {"image", "text"} and set(needed) != {"image", "text"}
-    if not given and toy and kind == "tiny" and binds_to_anchor:
-        given.append(toy_anchor(args, run))
-    trained = {}
-    for other in given:
-        trained.update(other.encoders.items())
+    if args.init or args.clip:
+        given = cli.load_model(args.init or args.clip, args.heads, args.activation)
+    elif toy and kind == "tiny" and binds_to_anchor:
+        given = toy_anchor(args, run)
+    trained = dict(given.encoders.items()) if given else {}
     # New encoders have the width of those that they bind to, or the preset's.
-    new = [m for m in needed if m not in trained]
     width = preset(kind, needed[0]).embed_dim
     if trained:
         width = next(iter(trained.values())).config.embed_dim
-    require_one_width(args, trained, new, width)
     torch.manual_seed(args.seed)
-    model = ImageBind([replace(preset(kind, m), embed_dim=width) for m in new])
+    model = ImageBind([replace(preset(kind, m), embed_dim=width) for m in needed if m not in trained])
     model.encoders.update(trained)
-    for other in given:
-        keep_pairs(run, model, trained, other)
+    if given:
+        model.pairs.update(given.pairs)
     return model, set(trained)
-
-
-def require_one_width(args, trained, new, width):
-    """UsageError unless the trained encoders, and new ones of this width, share one embedding width."""
-    widths = {m: encoder.config.embed_dim for m, encoder in trained.items()} | dict.fromkeys(new, width)
-    if len(set(widths.values())) == 1:
-        return
-    found = ", ".join(f"{m} {width}" for m, width in widths.items())
-    advice = "leave --init or --clip out" if args.clip else "name the --preset that it was made with"
-    raise UsageError(f"encoders of one model share one embedding width, and here they are {found}: {advice}")
-
-
-def keep_pairs(run, model, trained, other):
-    """Takes over another model's pairs, as far as both of their encoders came along."""
-    for pair, scale in other.pairs.items():
-        if all(same_encoder(other, trained, encoder_of(m)) for m in pair.split("-")):
-            model.pairs[pair] = scale
-        else:
-            run.say(f"{pair} of --init no longer counts as trained: --clip brings another encoder")
-
-
-def same_encoder(model, trained, modality):
-    """Whether the trained encoders include this model's of a modality, or neither has one."""
-    if modality not in trained or modality not in model.encoders:
-        return modality not in trained
-    return weights_digest(model.encoder(modality)) == weights_digest(trained[modality])
 
 
 def toy_anchor(args, run):
@@ -526,7 +496,7 @@ def train(args, run):
     else:
         model, has_weights = initial_model(args, pairs, run)
         if "text" in model.encoders:
-            cli.require_vocabulary(model.encoder("text").config.vocab)
+            tokenizer(model.encoder("text").config.vocab)  # or it says that its vocabulary cannot be had
         if run.main:
             run.write_config(args, source.fingerprint())
     # Pair after pair, from the one that was saved on.

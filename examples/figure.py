@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
+from model import trained_together  # noqa: E402
 from runtime.cli import Parser, load_model, run_main  # noqa: E402
-from runtime.results import trained_together  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
 
 WIDTH, HEIGHT = 1900, 1080  # twice what GitHub shows, for sharp screens

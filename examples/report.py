@@ -29,9 +29,8 @@ import arithmetic as sums_of_toy  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 from files.decode import SAMPLE_RATE  # noqa: E402
-from model import MODALITIES, encoder_of  # noqa: E402
+from model import MODALITIES, encoder_of, trained_together  # noqa: E402
 from runtime import cli  # noqa: E402
-from runtime.results import trained_together  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.toy import CONCEPT_NAMES  # noqa: E402
 

@@ -68,7 +68,7 @@ def require_stored(content):
     for name, t in tensors_in(content):
         # sparse tensors have no nbytes, and are refused by that error
         if t.is_meta or t.nbytes > t.untyped_storage().nbytes():
-            raise ValueError(f"{name} claims a shape of {tuple(t.shape)}, more than is stored")
+            raise DataError(f"{name} claims a shape of {tuple(t.shape)}, more than is stored")
 
 
 def tensors_in(content):
@@ -102,7 +102,7 @@ def errors_of_file(path):
         if "GLOBAL" in str(error):  # torch.load met something to import
             asked = (re.findall(r"GLOBAL (\S+)", str(error)) or ["more than tensors"])[0]
             reason = f"refused, it asks for {asked}, which could run any code"
-        raise ValueError(f"{path}: {reason}") from error
+        raise DataError(f"{path}: {reason}") from error
 
 
 def read_weights(path):
@@ -179,7 +179,7 @@ def read_safetensors(path):
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise ValueError("this format needs safetensors: pip install safetensors") from None
+        raise DataError("this format needs safetensors: pip install safetensors") from None
     tensors = load_file(path)
     require_stored(tensors)
     return tensors
@@ -293,9 +293,9 @@ def cached(address, digest, notice=None):
         require(digest or zipfile.is_zipfile(part), f"{address}: the connection ended too early")
         os.replace(part, target)
     except RuntimeError as error:
-        raise ValueError(f"{address}: its SHA-256 is another, {error}; it was deleted") from None
+        raise DataError(f"{address}: its SHA-256 is another, {error}; it was deleted") from None
     except (OSError, HTTPException) as error:
-        raise ValueError(f"{address}: cannot be downloaded ({error}); put the file at {target}") from None
+        raise DataError(f"{address}: cannot be downloaded ({error}); put the file at {target}") from None
     finally:
         part.unlink(missing_ok=True)
     return target

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Samples, cached_view
+from data import Samples, cached_view, load_batches
 from files.checkpoints import read_checkpoint, save_atomic, weights_digest
 from files.errors import DataError
 from loss import processes, rank
 from model import ImageBind, encoder_of
 from runtime.cli import RunError
-from runtime.run import STOP, TOY_CODE, code_digest, load_batches
+from runtime.run import STOP, TOY_CODE, code_digest
 
 
 class Cache:

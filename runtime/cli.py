@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from clip_weights import load_pretrained, tokenizer
+from clip_weights import load_pretrained
 from files.errors import DataError
 from loss import MAX_LOGIT_SCALE
 from model import MODALITIES
@@ -176,19 +176,8 @@ def open_checkpoint(args):
 
 
 def load_model(name, heads=None, activation=None):
-    """The model of a run's folder, a file or a name; None: of the newest run. Raises UsageError."""
-    try:
-        return load_pretrained(name or newest_run(), heads, activation)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def require_vocabulary(vocab):
-    """UsageError if a text encoder's vocabulary cannot be had."""
-    try:
-        tokenizer(vocab)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    """The model of a run's folder, a file or a name; None: of the newest run. Raises DataError."""
+    return load_pretrained(name or newest_run(), heads, activation)
 
 
 def newest_run():

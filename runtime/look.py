@@ -10,6 +10,7 @@ import torch
 from data import transform
 from files.decode import SAMPLE_RATE, DataError, errors_named
 from model import preset
+from runtime.cli import run_main
 from sources import DATASETS, open_data
 
 # Where the median of a modality's tensors lies when its units are those that the encoder is trained on
@@ -22,12 +23,7 @@ UNIT |= {"audio": "seconds", "video": "seconds"}
 
 def main():
     """Shows what the command line names, else the toy world."""
-    spec = sys.argv[1] if len(sys.argv) > 1 else "toy"
-    try:
-        show_source(spec)
-    except DataError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(lambda: show_source((sys.argv + ["toy"])[1]))
 
 
 def show_source(spec):
@@ -71,17 +67,14 @@ def show_split(source, split):
 def show_files(source, modality, firsts, most=2000):
     """Prints how many files are not there, and how many hold what another holds, by size and beginning."""
     absent, copies, known = [], [], {}
-    for index in firsts[:: len(firsts) // most + 1]:
-        path = source.file_of(index, modality)
-        if path is None:
-            return
+    paths = [source.file_of(index, modality) for index in firsts[:: len(firsts) // most + 1]]
+    for path in filter(None, paths):
         if not path.is_file():
             absent.append(path)
             continue
         with open(path, "rb") as file:
             first = known.setdefault((path.stat().st_size, hash(file.read(2**16))), path)
-        if first != path:
-            copies.append(f"{path}, which equals {first}")
+        copies += [f"{path}, which equals {first}"] * (first != path)
     for found, what in ((absent, "files are absent"), (copies, "files are copies of others")):
         if found:
             print(f"    {len(found)} {what}, such as {found[0]}")

@@ -1,31 +1,13 @@
 """What evaluate.py prints of a command's result: the figures that --json keeps, in words."""
 
-import sys
 from pathlib import Path
 
-from data import load
-from model import encoder_of
+from model import trained_together
 
 
 def show(command, result):
     """Prints what a command of evaluate.py found."""
     SHOW[command](result)
-
-
-def warn_of_unreadable(bad):
-    """The first reasons why items could not be read, on standard error."""
-    for item in list(dict.fromkeys(bad))[:3]:
-        print(f"unreadable: {item.reason}", file=sys.stderr)
-
-
-def warn_of_equal_names(model, names):
-    """Which names of classes are the same text to a model, on standard error: they cannot be told apart."""
-    known = {}  # the first name by its token ids
-    for name in "|".join(names).split("|"):
-        ids = load("text", name, model.encoder("text").config).tolist()
-        first = known.setdefault(tuple(ids), name)
-        if first is not name:
-            print(f"classes {first!r} and {name!r} have equal prompts", file=sys.stderr)
 
 
 def left_out(source, bad, modalities):
@@ -70,16 +52,6 @@ def show_arithmetic(result):
     print(f"{added}, nearest of {result['items']} items ({left_out_in_words(result)}):")
     for item in result["found"]:
         print(f"  {item['similarity']:.3f}  {item['item']}")
-
-
-def trained_pairs(pairs):
-    """The encoders that were trained together, as sets: {"image", "audio"}, and {"image"} for image-video."""
-    return [set(map(encoder_of, pair.split("-"))) for pair in pairs]
-
-
-def trained_together(pairs, a, b):
-    """Whether any pair trained these two modalities' encoders together."""
-    return {encoder_of(a), encoder_of(b)} in trained_pairs(pairs)
 
 
 def matrix_table(modalities, recall, pairs):

@@ -16,11 +16,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Bad, collate
+from data import Bad
 from files.checkpoints import read_checkpoint, read_json, save_atomic
 from files.errors import errors_named
 from loss import processes, rank
@@ -228,21 +227,3 @@ class Stop:
 
 
 STOP = Stop()
-
-
-# ---------------------------------------------------------------------------------------------
-# Loader processes
-
-
-def load_batches(samples, keys, workers, device):
-    """Batches of tensors, each with the Bad items it lacks, made ahead by `workers` processes."""
-    loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=keys, num_workers=workers, collate_fn=collate,
-        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
-    return iter(loader)
-
-
-def ignore_signals(worker):
-    """In loader processes: a signal to the whole group ends the run through the main process alone."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

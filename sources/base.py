@@ -2,8 +2,8 @@
 
 A source is a list of numbered samples. A sample has one row: by column, where the content of each modality
 lies (or the text itself), and what else is known of the sample. ToyWorld, Table (manifests and the paper's
-data sets) and Shards derive from Source. A new source answers the first five methods, and others where their
-default does not fit.
+data sets) and Shards derive from Source. A new source answers the first five methods, which do nothing here,
+and others where their default does not fit.
 """
 
 import math
@@ -48,26 +48,21 @@ class Source:
 
     def __len__(self):
         """Number of samples; of a streamed source, in an epoch."""
-        raise NotImplementedError
 
     def row(self, index):
         """{column: text without blanks around it}: paths, text, label. Raises DataError."""
-        raise NotImplementedError
 
     def read(self, index, modality):
         """The plain form of one modality (see files/decode.py). Raises DataError."""
-        raise NotImplementedError
 
     def name(self, index):
         """What messages call a sample: its file and line."""
-        raise NotImplementedError
 
     def file_of(self, index, modality):
         """The file that one modality lies in; None where it has none of its own."""
 
     def fingerprint(self, modality=None):
         """Digest that changes with the table and, given a modality, with size or time of any of its files."""
-        raise NotImplementedError
 
     def pass_over(self, reason, example):
         """Counts something that is left out by its reason, of which there are few."""
@@ -110,7 +105,6 @@ class Source:
     def training_batches(self, pair, share, seed, start, rank, world):
         """Only of a streamed source: endless batches of `share` indices, in random order, that process `rank`
         of `world` trains on, from its `start`-th on. No index is twice in a batch, also of all processes."""
-        raise NotImplementedError
 
     def held_out(self):
         """What evaluation reads where no other data are named: a part that is quick to go through."""

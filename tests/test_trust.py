@@ -27,11 +27,11 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from clip_weights import load_pretrained  # noqa: E402
+from data import ignore_signals  # noqa: E402
 from files import checkpoints, decode  # noqa: E402
 from model import MODALITIES, EncoderConfig, ImageBind, preset  # noqa: E402
 from runtime import results  # noqa: E402
 from runtime.cli import RunError, UsageError  # noqa: E402
-from runtime.run import ignore_signals  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.manifest import Table  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
@@ -368,25 +368,6 @@ def test_the_matrix_leaves_out_what_no_pair_joins():
         evaluate.joined_by_training(model, "depth", "text")
         and not evaluate.joined_by_training(tiny("image"), "image")
     )
-
-
-def test_an_encoder_bound_to_another_anchor_does_not_count_as_bound(tmp_path):
-    anchor = str(PARITY / "open_clip_tiny.pt")
-    earlier = load_pretrained(anchor, {"image": 2, "text": 4})
-    narrow = EncoderConfig(**vars(preset("tiny", "imu")) | {"embed_dim": 32})
-    earlier.encoders["imu"] = ImageBind([narrow]).encoder("imu")
-    earlier.pairs["image-imu"] = 5.0
-    options = ["--pair", "image-imu", "--clip", anchor, "--heads", "image=2,text=4",
-               "--init", str(tmp_path / "m.pt")]
-    args = train.parse_args(options)
-    earlier.save(tmp_path / "m.pt")
-    model, _ = train.initial_model(args, [("image", "imu")], train.Run(tmp_path))
-    assert evaluate.joined_by_training(model, "imu", "text")  # the same CLIP
-    with torch.no_grad():
-        earlier.encoder("image").proj.weight += 1
-    earlier.save(tmp_path / "m.pt")
-    model, _ = train.initial_model(args, [("image", "imu")], train.Run(tmp_path))
-    assert list(model.pairs) == ["image-text"] and not evaluate.joined_by_training(model, "imu", "text")
 
 
 # ---------------------------------------------------------------------------------------------
