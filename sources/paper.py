@@ -53,6 +53,7 @@ from sources.manifest import Table
 # What the readers use
 
 KIND_OF = COLUMN_OF | {"csv": "imu", "xml": "annotation"}  # by the last ending of a file
+FILES = [modality for modality in MODALITIES if modality != "text"]
 UNCLEAR = "annotation missing or damaged"
 
 
@@ -120,10 +121,13 @@ def files_below(root, folder=None, keys_of=by_stem):
 
 
 def files_of(files, *keys):
-    """Sound and video by the first key that names a file; the sound may lie in the video's file."""
-    video = next((files["video"][key] for key in keys if key in files["video"]), None)
-    audio = next((files["audio"][key] for key in keys if key in files["audio"]), video)
-    return {"audio": audio, "video": video}
+    """Sound and video by the first key that names any; the sound may lie in the video's file."""
+    for key in keys:
+        video = files["video"].get(key)
+        audio = files["audio"].get(key, video)
+        if audio:
+            return {"audio": audio, "video": video}
+    return {}
 
 
 def files_of_clip(files, clip, start, seconds, *others):
@@ -131,10 +135,9 @@ def files_of_clip(files, clip, start, seconds, *others):
 
     Start and length go into the row unless the name has the start: then the file may be the whole recording.
     """
-    row = files_of(files, f"{clip} {start // 1:.0f}")
-    if not row["audio"]:
-        row = files_of(files, clip, "Y" + clip, *others) | {"start": start, "seconds": seconds}
-    return {"name": clip, **row}
+    named = files_of(files, f"{clip} {start // 1:.0f}")
+    place = {"start": start, "seconds": seconds}
+    return {"name": clip, **(named or place | files_of(files, clip, "Y" + clip, *others))}
 
 
 def lines_of(path, delimiter=","):
@@ -201,8 +204,11 @@ def audioset(root, split):
     files = files_below(root, keys_of=by_id)
     for path in paths:
         for clip, start, end, *labels in clips_of(path):  # ID, seconds, seconds, "/m/04rlf,/m/09x0r"
-            row = files_of_clip(files, clip, number(start), number(end) - number(start))
-            yield row | {"labels": "|".join(labels).replace(",", "|")}
+            row = files_of(files, clip, "Y" + clip)
+            if row:  # of millions most are gone
+                row |= {"start": number(start), "seconds": number(end) - number(start),
+                        "labels": "|".join(labels).replace(",", "|")}
+            yield {"name": clip, **row}
 
 
 def audioset_classes(root):
@@ -641,6 +647,6 @@ def why_absent(row):
     """Why a row is left out, None if it is not."""
     if row.get("absent"):
         return row["absent"]
-    if any(value == "" or value != value for value in row.values()):  # nan is not like itself
+    if "" in row.values() or row.get("start") != row.get("start"):  # nan is not like itself
         return UNCLEAR
-    return None if any(row.get(m) for m in MODALITIES if m != "text") else "no file"
+    return None if any([row.get(m) for m in FILES]) else "no file"
