@@ -53,7 +53,6 @@ from sources.manifest import Table
 # What the readers use
 
 KIND_OF = COLUMN_OF | {"csv": "imu", "xml": "annotation"}  # by the last ending of a file
-FILES = [modality for modality in MODALITIES if modality != "text"]
 UNCLEAR = "annotation missing or damaged"
 
 
@@ -76,47 +75,40 @@ def find(root, *names, columns=(), optional=False):
         return None
     if unfit:
         raise DataError(f"no column {' or '.join(sorted(columns))} in {unfit[0].name}: it is another list")
-    raise DataError(f"no {names[0]} in it or up to two folders below it")
+    raise DataError(f"no {' or '.join(names)} in it or up to two folders below it")
 
 
-def by_stem(path):
-    return [Path(path).stem]
-
-
-def by_path(path):
-    return [path]
-
-
-def by_id(path):
+def by_id(stem):
     """The id of 11 characters in ID, ID_anything, YID or YID_anything; in the latter two with their Y."""
-    stem = Path(path).stem
     # an id may itself begin with Y, so both are possible
     lengths = (11, 12) if stem.startswith("Y") else (11,)
     return [stem[:n] for n in lengths if len(stem) == n or stem[n : n + 1] in ("_", "-", ".", " ")]
 
 
-def by_start(path):
+def by_start(stem):
     """The stem, and "ID 30" of ID_30, ID_000030, ID_000030_000040, ID_30.000_40.000 or, in milliseconds,
     ID_30000_40000."""
-    stem = Path(path).stem
     numbers = [int(digits) for digits in re.findall(r"_(\d+)", stem[11:])]
     unit = 1000 if numbers and numbers[-1] - numbers[0] >= 1000 else 1  # no clip has 1000 seconds
     return [stem] + [f"{stem[:11]} {start // unit}" for start in numbers[:1]]
 
 
-def files_below(root, folder=None, keys_of=by_stem):
-    """Paths, relative to the root, of files below a folder by kind and by stem or another key."""
+def files_below(root, folder=None, keys_of=lambda stem: [stem]):
+    """Paths, relative to the root, of the files below a folder: by kind, then by the keys of a file's stem.
+
+    With None for keys_of the path is its own key.
+    """
     found = {kind: {} for kind in KIND_OF.values()}
     for place, folders, names in os.walk(folder or root, followlinks=True):
         folders.sort()  # of two files with one key, the same is found on every machine
         inside = Path(os.path.relpath(place, root)).as_posix()
         for name in sorted(names):
-            kind = KIND_OF.get(name.rpartition(".")[2].lower())
-            if not kind or name.startswith("."):  # as macOS's copies of a file's attributes do
-                continue
+            stem, _, ending = name.rpartition(".")
+            kind = KIND_OF.get(ending.lower())
             path = name if inside == "." else f"{inside}/{name}"
-            for key in keys_of(path):
-                found[kind].setdefault(key, path)
+            if kind and not name.startswith("."):  # as macOS's copies of a file's attributes do
+                for key in keys_of(stem) if keys_of else [path]:
+                    found[kind].setdefault(key, path)
     return found
 
 
@@ -143,9 +135,8 @@ def files_of_clip(files, clip, start, seconds, *others):
 def lines_of(path, delimiter=","):
     """Cells of each line of a table that is not empty."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for line in file:  # each on its own, so that a quote which never closes costs no other
-            line = [line.rstrip("\n")]
-            yield from filter(None, csv.reader(line, delimiter=delimiter, skipinitialspace=True))
+        for line in map(str.rstrip, file):  # each on its own: a quote that never closes costs no other
+            yield from filter(None, csv.reader([line], delimiter=delimiter, skipinitialspace=True))
 
 
 def dicts_of(path):
@@ -153,19 +144,14 @@ def dicts_of(path):
     lines = lines_of(path)
     header = next(lines)
     for cells in lines:
-        if len(cells) < len(header) or any(cells[len(header) :]):
-            cells = cells[:1] + [""] * len(header)
-        yield dict(zip(header, cells))
+        is_whole = len(cells) >= len(header) and not any(cells[len(header) :])
+        yield dict(zip(header, cells if is_whole else cells[:1] + [""] * len(header)))
 
 
 def clips_of(path):
     """Cells of each line of a list of clips, at least 4: an id, its start, others. The header may be any."""
-    begun = False
-    for cells in lines_of(path):
-        cells += [""] * (4 - len(cells))
-        begun = begun or number(cells[1]) >= 0
-        if begun:
-            yield cells
+    padded = (cells + [""] * (4 - len(cells)) for cells in lines_of(path))
+    return itertools.dropwhile(lambda cells: math.isnan(number(cells[1])), padded)
 
 
 def number(cell):
@@ -198,11 +184,9 @@ def with_spaces(labels):
 
 def audioset(root, split):
     """Clips of 10 s with several labels, of which many are gone from the web."""
-    parts = {"test": ["eval"], "train": ["balanced_train", "unbalanced_train"]}[split]
-    paths = [find(root, f"{part}_segments.csv", optional=True) for part in parts]
-    paths = list(filter(None, paths)) or [find(root, f"{parts[0]}_segments.csv")]  # which raises
+    name = {"test": "eval_segments.csv", "train": "balanced_train_segments.csv"}[split]
     files = files_below(root, keys_of=by_id)
-    for path in paths:
+    for path in sorted(find(root, name, "un" + name).parent.glob("*" + name)):  # the unbalanced ones, too
         for clip, start, end, *labels in clips_of(path):  # ID, seconds, seconds, "/m/04rlf,/m/09x0r"
             row = files_of(files, clip, "Y" + clip)
             if row:  # of millions most are gone
@@ -229,10 +213,9 @@ def vggsound(root, split):
     """Clips of 10 s, one label each."""
     files = files_below(root, keys_of=by_start)
     for clip, start, *label, part in clips_of(find(root, "vggsound.csv")):
-        if part == split:
-            yield files_of_clip(files, clip, number(start), 10) | {"label": ", ".join(label)}
-        elif part not in ("train", "test"):
-            yield {"name": clip, "absent": UNCLEAR}
+        if part == split or part not in ("train", "test"):
+            label = ", ".join(label) if part == split else ""
+            yield files_of_clip(files, clip, number(start), 10) | {"label": label}
 
 
 def vggsound_classes(root):
@@ -243,8 +226,7 @@ def vggsound_classes(root):
 def clotho(root, split):
     """Sounds with five captions each."""
     part = {"train": "development", "test": "evaluation"}[split]
-    folder = find(root, part, f"clotho_audio_{part}", optional=True)
-    sounds = files_below(root, folder)["audio"]
+    sounds = files_below(root, find(root, part, f"clotho_audio_{part}", optional=True))["audio"]
     captions = [f"caption_{i}" for i in range(1, 6)]
     for line in dicts_of(find(root, f"clotho_captions_{part}.csv", columns={"file_name", *captions})):
         name = line["file_name"]
@@ -260,7 +242,7 @@ def audiocaps_list(root, split):
 
 def audiocaps(root, split):
     """Clips of 10 s, some with several captions; their files are named by YouTube's id or the set's own."""
-    files = files_below(root, keys_of=lambda path: by_stem(path) + by_id(path))
+    files = files_below(root, keys_of=lambda stem: [stem, *by_id(stem)])
     for line in dicts_of(audiocaps_list(root, split)):
         clip, start = line["youtube_id"], line["start_time"]
         row = files_of_clip(files, clip, number(start), 10, line.get("audiocap_id"))
@@ -272,12 +254,11 @@ def audiocaps(root, split):
 
 SENSORS = {"kv1": 0.075, "kv2": 0.075, "realsense": 0.095, "xtion": 0.095}  # baseline in metres
 # Scenes as scene.txt calls them
-SUN_CLASSES = (
+SUN_ROOMS = (
     "bathroom bedroom classroom computer_room conference_room corridor dining_area dining_room "
     "discussion_area furniture_store home_office kitchen lab lecture_theatre library living_room office "
     "rest_space study_space").split()
-NYU_CLASSES = (
-    "bedroom kitchen living_room bathroom dining_room office home_office classroom bookstore").split()
+NYU_ROOMS = "bedroom kitchen living_room bathroom dining_room office home_office classroom bookstore".split()
 NYU_OTHERS = (
     "basement|cafe|computer lab|conference room|dinette|exercise room|foyer|furniture store|home storage|"
     "indoor balcony|laundry room|office kitchen|playroom|printer room|reception room|student lounge|study|"
@@ -286,39 +267,30 @@ NYU_OTHERS = (
 
 def sunrgbd(root, split):
     """Pictures with depth; of the test scenes those in the 19 classes."""
-    for row in scene_rows(root, split, list(SENSORS)):
-        if "absent" in row or split == "train" or row["label"] in SUN_CLASSES:
+    for row in scene_rows(root, split, SENSORS):
+        if "absent" in row or split == "train" or row["label"] in SUN_ROOMS:
             yield row
-
-
-def sunrgbd_classes(root):
-    return with_spaces(SUN_CLASSES)
 
 
 def nyud(root, split):
     """The part of SUN RGB-D from NYU-D v2: nine classes, and "others", the nearest of whose names counts."""
     for row in scene_rows(root, split, ["kv1/NYUdata"]):
-        if row.get("label", "bedroom") not in NYU_CLASSES:
+        if row.get("label", "bedroom") not in NYU_ROOMS:
             row["label"] = "others"
         yield row
-
-
-def nyud_classes(root):
-    return with_spaces(NYU_CLASSES) | {"others": NYU_OTHERS}
 
 
 def scene_rows(root, split, folders):
     """Rows of a split's scenes below these folders of SUN RGB-D."""
     base = find(root, *SENSORS).parent
-    tests = test_scenes(root, tuple(f"{folder}/" for folder in folders))
+    tests = test_scenes(root, folders)
     missing = set(tests)
     for folder in folders:
-        for place in sorted((base / folder).rglob("image")):
-            scene = place.parent.relative_to(base).as_posix()
+        for path in sorted((base / folder).rglob("image")):
+            scene = path.parent.relative_to(base).as_posix()
             missing.discard(scene)
             if (scene in tests) == (split == "test"):
-                baseline = SENSORS[scene.split("/")[0]]
-                yield {"name": scene, "baseline": baseline, **scene_row(root, place.parent)}
+                yield {"name": scene, "baseline": SENSORS[scene.split("/")[0]]} | scene_row(root, path.parent)
     if missing == tests:  # or all of them would be training
         raise DataError(f"no test folder is there, such as {min(tests, default='any')}")
     for scene in sorted(missing):
@@ -340,32 +312,27 @@ def scene_row(root, scene):
 def test_scenes(root, folders):
     """SUN RGB-D's test folders below some folders, as listed in test.txt or the official allsplit.mat."""
     beside = root.parent / "SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat"
-    path = find(root, "test.txt", "allsplit.mat", optional=True) or beside
-    if not path.is_file():
-        raise DataError("neither test.txt (a test folder per line) nor allsplit.mat in it")
+    path = find(root, "test.txt", "allsplit.mat", optional=beside.is_file()) or beside
     with errors_named(path.name):
-        is_text = path.suffix == ".txt"
-        lines = path.read_text(encoding="utf-8").splitlines() if is_text else matlab_strings(path, "alltest")
+        text = path.read_text(encoding="utf-8") if path.suffix == ".txt" else matlab_lines(path, "alltest")
     # whatever folders are in front: the official ones are /n/fs/sun3d/data/SUNRGBD/kv1/...
-    found = [re.search(rf"\b({'|'.join(SENSORS)})/.+", line) for line in lines]
-    scenes = {match[0].strip().rstrip("/") for match in found if match}
-    return {scene for scene in scenes if scene.startswith(folders)}
+    return set(re.findall(rf"\b(?:{'|'.join(folders)})/.*[^/\s]", text))
 
 
-def matlab_strings(path, name):
-    """A cell array of strings from a MATLAB file."""
+def matlab_lines(path, name):
+    """A cell array of strings from a MATLAB file, each in a line."""
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise DataError(f"{path.name} needs scipy: pip install scipy. Or make a test.txt beside the sensors' "
-                        "folders, with a test folder per line") from None
+        raise DataError("it needs scipy: pip install scipy. Or make a test.txt, a folder per line") from None
     cells = loadmat(path, variable_names=[name], squeeze_me=True).get(name, [])  # (n,) of str
-    return [str(cell) for cell in np.atleast_1d(cells)]  # a single one is squeezed to no axis at all
+    return "\n".join(map(str, np.atleast_1d(cells)))  # a single one is squeezed to no axis at all
 
 
 # ---------------------------------------------------------------------------------------------
 # Thermal
 
+LLVIP_CLASSES = {"person": "person|man|woman|people", "background": "street|road|car|light|tree"}
 
 def llvip(root, split):
     """Training: aligned pictures. Test: their people, and as many boxes of the same shapes without people."""
@@ -377,14 +344,8 @@ def llvip(root, split):
         row = {"name": stem, "image": visible.get(stem), "thermal": thermal.get(stem)}
         if not row["image"] or not row["thermal"]:
             yield row | {"absent": "no file"}
-        elif split == "train":
-            yield row
         else:
-            yield from crops(root / notes.get(stem, "none"), row)
-
-
-def llvip_classes(root):
-    return {"person": "person|man|woman|people", "background": "street|road|car|light|tree"}
+            yield from [row] if split == "train" else crops(root / notes.get(stem, "none"), row)
 
 
 def crops(path, row):
@@ -420,9 +381,8 @@ def free_box(person, people, size, rng, tries=1000):
     # two boxes are apart if they are so along x or along y: (tries, people, 2)
     apart = (first[:, None] >= people[:, 2:]) | (last[:, None] <= people[:, :2])
     free = np.flatnonzero(apart.any(2).all(1))
-    if shape.min() <= 0 or not len(free):
-        return None
-    return [*first[free[0]], *last[free[0]]]
+    if shape.min() > 0 and len(free):
+        return [*first[free[0]], *last[free[0]]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -464,19 +424,17 @@ def ego4d_narrations(root):
     """{uid: [(second, text), ...]} of the file of either version; the second is nan where there is none."""
     told = {}
     path = find(root, "narration.json", "all_narrations_redacted.json", optional=True)
-    if path:
-        for uid, video in json_of(path, "videos").items():
-            told[uid] = []
-            with suppress(AttributeError, TypeError):  # of a damaged one those before the damage
-                for note in (video.get("narration_pass_1") or video)["narrations"]:
-                    time = number(note.get("timestamp_sec", note.get("time")))
-                    told[uid].append((time, note.get("narration_text", note.get("text"))))
+    for uid, video in (json_of(path, "videos") if path else {}).items():
+        told[uid] = []
+        with suppress(AttributeError, LookupError, TypeError):  # of a damaged one what is before the damage
+            for note in (video.get("narration_pass_1") or video)["narrations"]:
+                time = number(note.get("timestamp_sec", note.get("time")))
+                told[uid].append((time, note.get("narration_text", note.get("text"))))
     return told
 
 
 def ego4d_classes(root):
-    every = [scenarios for _, scenarios, _ in ego4d_videos(root)]
-    return named_alike({scenarios[0] for scenarios in every if len(scenarios) == 1})
+    return named_alike({scenarios[0] for _, scenarios, _ in ego4d_videos(root) if len(scenarios) == 1})
 
 
 def ego4d_videos(root):
@@ -504,10 +462,9 @@ def imagenet(root, split):
             name, label = line["ImageId"], line["PredictionString"].split(" ")[0]
             yield {"name": name, "image": pictures.get(name), "label": label}
         return
-    for path in files_below(root, folder, by_path)["image"]:
-        is_flat = (root / path).parent == folder
-        yield {"name": path, "image": path, "label": Path(path).parent.name,
-               "absent": "in no class folder, and no LOC_val_solution.csv" if is_flat else None}
+    for path in files_below(root, folder, None)["image"]:
+        why = "in no class folder, and no LOC_val_solution.csv" if (root / path).parent == folder else None
+        yield {"name": path, "image": path, "label": Path(path).parent.name, "absent": why}
 
 
 def imagenet_classes(root):
@@ -517,7 +474,7 @@ def imagenet_classes(root):
         # n01440764 tench, Tinca tinca
         lines = [line.partition(" ") for line, *_ in lines_of(path, "\t")]
         return {label: names.partition(",")[0] for label, _, names in lines}
-    classes = named_alike({row.get("label") for row in imagenet(root, "test")} - {None})
+    classes = named_alike({row["label"] for row in imagenet(root, "test")})
     if len(classes) != 1000:
         raise DataError(f"no LOC_synset_mapping.txt in it, and {len(classes)} classes instead of 1000")
     return classes
@@ -526,7 +483,7 @@ def imagenet_classes(root):
 def places365(root, split):
     part, size = {"train": ("train_standard", "data"), "test": ("val", "val")}[split]
     folder = find(root, f"{size}_256*", f"{size}_large*")  # torchvision adds _standard
-    pictures = files_below(root, folder, by_path)["image"]
+    pictures = files_below(root, folder, None)["image"]
     for name, *label in lines_of(find(root, f"places365_{part}.txt"), " "):
         # the lists name files below that folder; those of training begin with a slash
         path = (folder / name.lstrip("/")).relative_to(root).as_posix()
@@ -537,8 +494,8 @@ def places365_classes(root):
     """By index: /a/apartment_building/outdoor is "outdoor apartment building"."""
     classes = {}
     for name, *label in lines_of(find(root, "categories_places365.txt"), " "):
-        words = name.split("/")[2:]  # after "" and the first letter
-        classes["".join(label)] = " ".join(reversed(words)).replace("_", " ")
+        # after "" and the first letter, the last word first
+        classes["".join(label)] = " ".join(reversed(name.split("/")[2:])).replace("_", " ")
     return classes
 
 
@@ -592,9 +549,9 @@ DATASETS = {
     "vggsound": DataSet(vggsound, vggsound_classes, published=(15446, 309)),
     "clotho": DataSet(clotho, published=(1045, None)),
     "audiocaps": DataSet(audiocaps, list_of=audiocaps_list, published=(975, None)),
-    "sunrgbd": DataSet(sunrgbd, sunrgbd_classes, published=(4659, 19)),
-    "nyud": DataSet(nyud, nyud_classes, published=(654, 10)),
-    "llvip": DataSet(llvip, llvip_classes, published=(15809, 2)),
+    "sunrgbd": DataSet(sunrgbd, lambda root: with_spaces(SUN_ROOMS), published=(4659, 19)),
+    "nyud": DataSet(nyud, lambda root: with_spaces(NYU_ROOMS) | {"others": NYU_OTHERS}, published=(654, 10)),
+    "llvip": DataSet(llvip, lambda root: LLVIP_CLASSES, published=(15809, 2)),
     "ego4d": DataSet(ego4d, ego4d_classes),
     "imagenet": DataSet(imagenet, imagenet_classes, published=(50000, 1000)),
     "places365": DataSet(places365, places365_classes, published=(36500, 365)),
@@ -609,7 +566,7 @@ def open_dataset(name, root, split):
     root = Path(root)
     dataset = DATASETS[name]
     content = io.BytesIO()  # a CSV, because millions of dicts would not fit
-    file = io.TextIOWrapper(content, encoding="utf-8", newline="")
+    file = io.TextIOWrapper(content, encoding="utf-8", newline="", write_through=True)
     writer = csv.writer(file, lineterminator="\n")
     header = {}  # keys of all rows so far, in order: an earlier row lacks the later ones, which Table allows
     labels, known, reasons = set(), set(), {}
@@ -618,23 +575,19 @@ def open_dataset(name, root, split):
             raise DataError("no such folder")
         for row in dataset.rows(root, split):
             labels.add(row.get("label"))  # of absent items, too: chance depends on the number of classes
-            reason = why_absent(row)
-            if reason and row.get("item") not in known:  # an item counts once, whatever its rows
+            reason = row.get("absent") or why_absent(row)
+            if not reason:
+                header |= dict.fromkeys(key for key in row if key != "name" and row[key] is not None)
+                writer.writerow([row.get(key) for key in header])
+            elif row.get("item") not in known:  # an item counts once, whatever its rows
                 reasons.setdefault(reason, [0, row["name"]])[0] += 1
                 known.update([row["item"]] if "item" in row else [])
-            if reason:
-                continue
-            header |= dict.fromkeys(key for key, value in row.items() if key != "name" and value is not None)
-            writer.writerow([row.get(key) for key in header])
-        file.flush()
         absent = sum(count for count, _ in reasons.values())
         if not header:
-            first = [f"{count} {reason}, such as {name}" for reason, (count, name) in reasons.items()]
-            raise DataError(f"none of the {absent} items listed for {split} is there: {'; '.join(first)}")
-        if dataset.classes and header.keys() & {"label", "labels"}:
-            classes = dataset.classes(root)
-        else:
-            classes = named_alike(labels - {None})
+            shown = [f"{count} {reason}, such as {first}" for reason, (count, first) in reasons.items()]
+            raise DataError(f"none of the {absent} items listed for {split} is there: {'; '.join(shown)}")
+        has_names = dataset.classes and header.keys() & {"label", "labels"}
+        classes = dataset.classes(root) if has_names else named_alike(labels - {None})
     table = Table(root / name, ",".join(header).encode() + b"\n" + content.getvalue(), classes, absent)
     table.has_splits, table.dataset, table.reasons = True, name, reasons
     table.published = dataset.published if split == "test" else None
@@ -644,9 +597,7 @@ def open_dataset(name, root, split):
 
 
 def why_absent(row):
-    """Why a row is left out, None if it is not."""
-    if row.get("absent"):
-        return row["absent"]
+    """Why a row is left out that does not say so itself, None if it is not."""
     if "" in row.values() or row.get("start") != row.get("start"):  # nan is not like itself
         return UNCLEAR
-    return None if any([row.get(m) for m in FILES]) else "no file"
+    return None if any([row.get(m) for m in MODALITIES if m != "text"]) else "no file"
