@@ -246,7 +246,7 @@ def audiocaps(root, split):
     for line in dicts_of(audiocaps_list(root, split)):
         clip, start = line["youtube_id"], line["start_time"]
         row = files_of_clip(files, clip, number(start), 10, line.get("audiocap_id"))
-        yield row | {"text": line["caption"], "item": f"{clip} {start}"}
+        yield row | {"text": line["caption"], "item": f"{clip} {start}".strip()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -580,8 +580,8 @@ def open_dataset(name, root, split):
                 header |= dict.fromkeys(key for key in row if key != "name" and row[key] is not None)
                 writer.writerow([row.get(key) for key in header])
             elif row.get("item") not in known:  # an item counts once, whatever its rows
-                reasons.setdefault(reason, [0, row["name"]])[0] += 1
-                known.update([row["item"]] if "item" in row else [])
+                reasons.setdefault(reason, [0, row["name"] or "one without a name"])[0] += 1
+                known.update([row["item"]] if row.get("item") else [])
         absent = sum(count for count, _ in reasons.values())
         if not header:
             shown = [f"{count} {reason}, such as {first}" for reason, (count, first) in reasons.items()]
