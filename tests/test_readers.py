@@ -354,7 +354,7 @@ def test_vggsound_is_found_by_each_usual_name_of_its_clips(tmp_path, folder):
 
 
 @pytest.mark.parametrize("head", ["# a\n# num_ytids=4, num_segs=4\n# YTID, start_seconds, end_seconds, x\n",
-                                  "YTID,start_seconds,end_seconds,positive_labels\n", "", "\n\nid,from,to,what\n"])
+                                  "YTID,start_seconds,end_seconds,labels\n", "", "\n\nid,from,to,what\n"])
 def test_audioset_s_header_may_be_any_and_a_damaged_line_costs_itself(tmp_path, head):
     clip = ids(9)
     good = [f'{c}, 30.000, 40.000, "/m/b,/m/a"' for c in clip[:4]]
@@ -399,7 +399,7 @@ def test_msrvtt_has_the_files_of_its_releases(tmp_path):
     sentences = [{"video_id": f"video{n}", "caption": f"{n} {i}"} for n in range(6) for i in range(3)]
     damaged = [{"video_id": "video0"}, None, "x"]
     train = "video_id\n" + "".join(f"video{n}\n" for n in range(8))
-    test = "key,vid_key,video_id,sentence\n" + "".join(f"ret{n},msr{n},video{n},a {n}\n" for n in range(7, 10))
+    test = "key,vid_key,video_id,sentence\n" + "".join(f"r{n},msr{n},video{n},a\n" for n in range(7, 10))
     for root, names in (("jsfusion", ("MSRVTT_JSFUSION_test.csv", "MSRVTT_train.9k.csv")),
                         ("clip4clip", ("msrvtt_data/msrvtt_test.csv", "msrvtt_data/MSRVTT_train.7k.csv"))):
         folder = "msrvtt_data/" if "/" in names[0] else ""
@@ -470,8 +470,8 @@ def test_kinetics_lists_have_several_names_and_another_s_list_is_refused(tmp_pat
 def test_ego4d_loses_a_recording_to_a_bad_field_and_no_more(tmp_path):
     uids = [f"uid{i}" for i in range(200) if zlib.crc32(f"uid{i}".encode()) % 5 == 0]
     good = {"scenarios": ["Cooking"], "duration_sec": 60}
-    changes = [{}, {}, {"duration_sec": None}, {"duration_sec": 3e5}, {"duration_sec": "x"}, {"scenarios": None},
-               {"scenarios": []}, {"scenarios": ["Cooking", "Eating"]}, {}, {}, {}, {}, {}]
+    changes = [{}, {}, {"duration_sec": None}, {"duration_sec": 3e5}, {"duration_sec": "x"},
+               {"scenarios": None}, {"scenarios": []}, {"scenarios": ["Cooking", "Eating"]}, {}, {}, {}, {}, {}]
     videos = [{"video_uid": uid, **good, **change} for uid, change in zip(uids, changes)]
     del videos[5]["scenarios"]
     damaged = [None, {"scenarios": ["Cooking"]}, {"video_uid": "a", "scenarios": 5}]
@@ -505,7 +505,8 @@ def test_a_test_folder_without_a_scene_is_named_and_if_all_are_the_list_is_refus
         (place / f"NYU000{n}/depth_bfx/a.png").unlink()
     (place / "NYU0004/scene.txt").unlink()
     (place / "NYU0005/intrinsics.txt").write_text("no number")
-    lines = [f"SUNRGBD/kv1/NYUdata/NYU000{n}/" for n in range(6)] + ["kv1/NYUdata/NYU1", "kv2/x/gone", "xtion/a"]
+    lines = [f"SUNRGBD/kv1/NYUdata/NYU000{n}/" for n in range(6)]
+    lines += ["kv1/NYUdata/NYU1", "kv2/x/gone", "xtion/a"]
     write(tmp_path, {"test.txt": "\n".join(lines)})
     missing = "test folder without a scene"
     source = open_data(f"sunrgbd:{tmp_path}", "test")
@@ -549,7 +550,8 @@ def test_places_and_esc50_lie_in_small_and_large_and_below_what_an_archive_unpac
                            "data_256_standard/b/beach/1.jpg": b""})
     assert len(open_data(f"places365:{tmp_path / 'p'}", "train")) == 2  # pictures of one name in two folders
     lines = "".join(f"{n}.wav,1,0,dog\n" for n in range(4)) + "4.wav,1\n5.wav\n"
-    esc = {"meta/esc50.csv": "filename,fold,target,category\n" + lines, **{f"audio/{n}.wav": b"" for n in (0, 4, 5)}}
+    esc = {"meta/esc50.csv": "filename,fold,target,category\n" + lines,
+           **{f"audio/{n}.wav": b"" for n in (0, 4, 5)}}
     write(tmp_path / "e/ESC-50-master", esc)
     for root in ("e", "e/ESC-50-master"):
         source = open_data(f"esc50:{tmp_path / root}", "test")
