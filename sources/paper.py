@@ -71,11 +71,10 @@ def find(root, *names, columns=(), optional=False):
         if fit:
             return fit[0]
         unfit += places
-    if optional:
-        return None
-    if unfit:
+    if unfit and not optional:
         raise DataError(f"no column {' or '.join(sorted(columns))} in {unfit[0].name}: it is another list")
-    raise DataError(f"no {' or '.join(names)} in it or up to two folders below it")
+    if not optional:
+        raise DataError(f"no {' or '.join(names)} in it or up to two folders below it")
 
 
 def by_id(stem):
@@ -149,9 +148,16 @@ def dicts_of(path):
 
 
 def clips_of(path):
-    """Cells of each line of a list of clips, at least 4: an id, its start, others. The header may be any."""
+    """Cells of each line of a list of clips, at least 4: an id, its start, others. Raises DataError.
+
+    The header may be any: it ends with the first line that has a start.
+    """
     padded = (cells + [""] * (4 - len(cells)) for cells in lines_of(path))
-    return itertools.dropwhile(lambda cells: math.isnan(number(cells[1])), padded)
+    clips = itertools.dropwhile(lambda cells: math.isnan(number(cells[1])), padded)
+    first = next(clips, None)
+    if first is None:
+        raise DataError(f"no clip in {path.name}")
+    return itertools.chain([first], clips)
 
 
 def number(cell):
@@ -470,12 +476,11 @@ def imagenet(root, split):
 def imagenet_classes(root):
     """The first name of each class; where no file has names, all 1000 stand for themselves."""
     path = find(root, "LOC_synset_mapping.txt", optional=True)
-    if path:
-        # n01440764 tench, Tinca tinca
-        lines = [line.partition(" ") for line, *_ in lines_of(path, "\t")]
-        return {label: names.partition(",")[0] for label, _, names in lines}
-    classes = named_alike({row["label"] for row in imagenet(root, "test")})
-    if len(classes) != 1000:
+    # n01440764 tench, Tinca tinca
+    lines = [line.partition(" ") for line, *_ in lines_of(path, "\t")] if path else []
+    classes = {label: names.partition(",")[0] for label, _, names in lines}
+    classes = classes or named_alike({row["label"] for row in imagenet(root, "test")})
+    if not path and len(classes) != 1000:
         raise DataError(f"no LOC_synset_mapping.txt in it, and {len(classes)} classes instead of 1000")
     return classes
 
@@ -504,8 +509,8 @@ def kinetics400(root, split):
     path = find(root, {"train": "*train*.csv", "test": "*val*.csv"}[split],
                 columns={"label", "youtube_id", "time_start", "time_end"})
     for line in dicts_of(path):
-        start = number(line["time_start"])
-        row = files_of_clip(files, line["youtube_id"], start, number(line["time_end"]) - start)
+        start, end = number(line["time_start"]), number(line["time_end"])
+        row = files_of_clip(files, line["youtube_id"], start, end - start)
         yield row | {"audio": None, "label": line["label"]}
 
 
@@ -563,8 +568,7 @@ DATASETS = {
 @lru_cache(maxsize=4)  # a run asks for it when it checks, when it trains and when it evaluates
 def open_dataset(name, root, split):
     """One of DATASETS as a Table in memory. Raises DataError."""
-    root = Path(root)
-    dataset = DATASETS[name]
+    root, dataset = Path(root), DATASETS[name]
     content = io.BytesIO()  # a CSV, because millions of dicts would not fit
     file = io.TextIOWrapper(content, encoding="utf-8", newline="", write_through=True)
     writer = csv.writer(file, lineterminator="\n")
@@ -591,8 +595,7 @@ def open_dataset(name, root, split):
     table = Table(root / name, ",".join(header).encode() + b"\n" + content.getvalue(), classes, absent)
     table.has_splits, table.dataset, table.reasons = True, name, reasons
     table.published = dataset.published if split == "test" else None
-    if dataset.list_of:
-        table.note = f"read from {dataset.list_of(root, split).name}"
+    table.note = f"read from {dataset.list_of(root, split).name}" if dataset.list_of else ""
     return table
 
 

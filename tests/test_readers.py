@@ -471,7 +471,7 @@ def test_ego4d_loses_a_recording_to_a_bad_field_and_no_more(tmp_path):
     uids = [f"uid{i}" for i in range(200) if zlib.crc32(f"uid{i}".encode()) % 5 == 0]
     good = {"scenarios": ["Cooking"], "duration_sec": 60}
     changes = [{}, {}, {"duration_sec": None}, {"duration_sec": 3e5}, {"duration_sec": "x"},
-               {"scenarios": None}, {"scenarios": []}, {"scenarios": ["Cooking", "Eating"]}, {}, {}, {}, {}, {}]
+               {"scenarios": None}, {"scenarios": []}, {"scenarios": ["Cooking", "Eating"]}, *[{}] * 5]
     videos = [{"video_uid": uid, **good, **change} for uid, change in zip(uids, changes)]
     del videos[5]["scenarios"]
     damaged = [None, {"scenarios": ["Cooking"]}, {"video_uid": "a", "scenarios": 5}]
@@ -564,9 +564,10 @@ def test_places_and_esc50_lie_in_small_and_large_and_below_what_an_archive_unpac
 
 def test_an_empty_or_foreign_list_is_named_in_one_line(tmp_path):
     lists = {"esc50": "esc50.csv", "clotho": "clotho_captions_evaluation.csv", "audiocaps": "test.csv",
-             "kinetics400": "val.csv", "msrvtt": "msrvtt_test.csv"}
+             "kinetics400": "val.csv", "msrvtt": "msrvtt_test.csv", "vggsound": "vggsound.csv",
+             "audioset": "eval_segments.csv", "ego4d": "ego4d.json"}
     for name, file in lists.items():
-        for content in ("", "\n\n", "a,b,c\n1,2,3\n", b"\x00\xff\xfe\x80" * 100):
+        for content in ("", "\n\n", "a,b,c\nd,e,f\n", b"\x00\xff\xfe\x80" * 100):
             write(tmp_path / name, {file: content, "evaluation/x.wav": b""})
             paper.open_dataset.cache_clear()
             with pytest.raises(DataError, match=rf"^{name}:[^\n]*{file}[^\n]*$"):
