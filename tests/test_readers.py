@@ -240,11 +240,11 @@ def test_audiocaps_is_read_from_the_paper_s_list_and_kinetics_is_not_taken_for_i
     write(tmp_path / "a", {"test.csv": head + f"1,{ID[0]},0,a\n2,{ID[2]},5,b\n",
                            "val.csv": head + f"3,{ID[3]},0,c\n", f"{ID[0]}.wav": 1, f"{ID[2]}.wav": 1})
     source = open_data(f"audiocaps:{tmp_path / 'a'}", "test")
-    assert len(source) == 2 and source.note == "read from test.csv"
+    assert len(source) == 2 and source.note == "read from test.csv" and source.published == (975, None)
     write(tmp_path / "a", {"retrieval_test.csv": head + f"2,{ID[2]},5,b\n"})
     paper.open_dataset.cache_clear()
     source = open_data(f"audiocaps:{tmp_path / 'a'}", "test")
-    assert len(source) == 1 and source.note == "read from retrieval_test.csv"
+    assert len(source) == 1 and source.note == "read from retrieval_test.csv" and source.published is None
     write(tmp_path / "k", {"val.csv": "label,youtube_id,time_start,time_end,split\n"})
     assert tables.find_dataset(tmp_path, "kinetics400") == tmp_path / "k"
     assert tables.find_dataset(tmp_path, "audiocaps") == tmp_path / "a"
@@ -510,7 +510,9 @@ def test_a_test_folder_without_a_scene_is_named_and_if_all_are_the_list_is_refus
     write(tmp_path, {"test.txt": "\n".join(lines)})
     missing = "test folder without a scene"
     source = open_data(f"sunrgbd:{tmp_path}", "test")
-    assert len(source) == 2 and counts(source) == {"no file": 2, UNCLEAR: 2, missing: 3}
+    pictures = [f"SUNRGBD/kv1/NYUdata/NYU000{n}/image/a.JPG" for n in (0, 1)]
+    assert [row["image"] for row in rows(source)] == pictures
+    assert counts(source) == {"no file": 2, UNCLEAR: 2, missing: 3}
     assert source.reasons[missing] == [3, "kv1/NYUdata/NYU1"] and source.published == (4659, 19)
     assert counts(open_data(f"nyud:{tmp_path}", "test")) == {"no file": 2, UNCLEAR: 2, missing: 1}
     train = open_data(f"sunrgbd:{tmp_path}", "train")
