@@ -350,7 +350,7 @@ def test_vggsound_is_found_by_each_usual_name_of_its_clips(tmp_path, folder):
     assert source.classes == ["people eating, chewing", "sea"]
     # of a file that is not named by its start, the row says where in it the clip is
     assert [row["start"] for row in rows(source)] == [""] * 4 + ["30.0"]
-    assert counts(source) == {"no file": 3, UNCLEAR: 2}  # one has another start, one is macOS's shadow
+    assert counts(source) == {"no file": 3, UNCLEAR: 2}  # of one there is another clip, of one what macOS puts beside it
 
 
 @pytest.mark.parametrize("head", ["# a\n# num_ytids=4, num_segs=4\n# YTID, start_seconds, end_seconds, x\n",
@@ -499,6 +499,7 @@ def test_ego4d_loses_a_recording_to_a_bad_field_and_no_more(tmp_path):
 def test_a_test_folder_without_a_scene_is_named_and_if_all_are_the_list_is_refused(tmp_path):
     for n in range(8):
         write(tmp_path / "SUNRGBD", scene(f"kv1/NYUdata/NYU000{n}", "office"))
+        write(tmp_path / "SUNRGBD", {f"kv1/NYUdata/NYU000{n}/image/._a.JPG": b"what macOS puts beside it"})
     write(tmp_path / "SUNRGBD", scene("kv2/x/train", "lab"))
     place = tmp_path / "SUNRGBD/kv1/NYUdata"
     for n in (2, 3):
