@@ -350,7 +350,7 @@ def test_vggsound_is_found_by_each_usual_name_of_its_clips(tmp_path, folder):
     assert source.classes == ["people eating, chewing", "sea"]
     # of a file that is not named by its start, the row says where in it the clip is
     assert [row["start"] for row in rows(source)] == [""] * 4 + ["30.0"]
-    assert counts(source) == {"no file": 3, UNCLEAR: 2}  # of one there is another clip, of one what macOS puts beside it
+    assert counts(source) == {"no file": 3, UNCLEAR: 2}  # of one another clip is there, of one macOS's file
 
 
 @pytest.mark.parametrize("head", ["# a\n# num_ytids=4, num_segs=4\n# YTID, start_seconds, end_seconds, x\n",
