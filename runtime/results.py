@@ -22,7 +22,7 @@ def left_out_in_words(result):
     words = [f"{result['bad']} unreadable, {result['absent']} absent"]
     for key in ("unlabelled", "without_match"):
         words += [f"{result[key]} {key.replace('_', ' ')}"] if result.get(key) else []
-    return ", ".join(words + [result["note"]] * bool(result.get("note")))
+    return ", ".join(words + list(filter(None, [result.get("note")])))
 
 
 def show_zeroshot(result):

@@ -51,11 +51,8 @@ class Table(Source):
     """
 
     def __init__(self, path, content=None, classes=None, absent=0, allow_outside=False):
-        self.path = Path(path)
-        self.root = self.path.parent
-        self.content = content
-        self.absent = absent
-        self.allow_outside = allow_outside
+        self.path, self.root = Path(path), Path(path).parent
+        self.content, self.absent, self.allow_outside = content, absent, allow_outside
         with errors_named(path), self.open_csv() as file:
             self.offsets = row_offsets(file)  # (rows + 2,): of the header, of each row, of the end
             self.header = [cell.strip() for cell in self.cells(0, file)]
@@ -90,9 +87,7 @@ class Table(Source):
     # Rows
 
     def open_csv(self):
-        if self.content is not None:
-            return io.BytesIO(self.content)
-        return open(self.path, "rb")
+        return open(self.path, "rb") if self.content is None else io.BytesIO(self.content)
 
     def cells(self, line, file):
         """Cells of the header (line 0) or of a row."""
@@ -193,7 +188,7 @@ def row_offsets(file):
     Empty lines are no rows. Raises DataError for a quote that never closes.
     """
     offsets = array("q")
-    at = 0  # bytes that the csv module was given
+    at = begin = 0  # bytes that the csv module was given, before and with the row
 
     def lines():
         nonlocal at
@@ -201,7 +196,6 @@ def row_offsets(file):
             at += len(line)
             yield line.decode("latin-1")  # quotes and commas are the same bytes in UTF-8
 
-    begin = 0
     try:
         for cells in csv.reader(lines()):
             if cells:
@@ -331,15 +325,15 @@ class Folder(Table):
     def __init__(self, folder, allow_outside=False):
         self.reasons = {}
         samples = self.samples_below(Path(folder))
-        require(samples, f"{folder}: no samples in it; files of a sample are STEM.ENDING with one of "
-                f"{', '.join(COLUMN_OF)}")
+        endings = ", ".join(COLUMN_OF)
+        require(samples, f"{folder}: no samples in it; files of a sample are STEM.ENDING, with {endings}")
         self.stems = list(samples)
         held = set().union(*samples.values())  # the columns that some sample has
-        classes = {stem.split("/")[0] for stem in samples if "/" in stem}
-        if "label" not in held and len(classes) > 1:
+        classes = {stem: stem.partition("/")[0] for stem in samples if "/" in stem}
+        if "label" not in held and len(set(classes.values())) > 1:
             held.add("label")
-            for stem, row in samples.items():
-                row["label"] = stem.split("/")[0] if "/" in stem else ""
+            for stem, label in classes.items():
+                samples[stem]["label"] = label
         content = io.StringIO()
         writer = csv.DictWriter(content, [column for column in (*MODALITIES, "label") if column in held])
         writer.writeheader()
@@ -355,15 +349,13 @@ class Folder(Table):
         for place, folders, names in os.walk(root, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(name for name in names if not name.startswith(".")):
-                path = os.path.relpath(os.path.join(place, name), root).replace(os.sep, "/")
+                path = Path(place, name).relative_to(root).as_posix()
                 stem, ending = split_ending(path)
                 column = COLUMN_OF.get(ending)
-                if column is None:
-                    self.pass_over(f"files ending .{ending} passed over", path)
-                elif column in samples.setdefault(stem, {}):
-                    self.pass_over(f"files passed over as a second {column}", path)
-                else:
-                    samples[stem][column] = path
+                if column and samples.setdefault(stem, {}).setdefault(column, path) == path:
+                    continue
+                kind = f"as a second {column}" if column else f"ending .{ending}"
+                self.pass_over(f"files {kind} passed over", path)
         for stem, row in list(samples.items()):
             if not row.keys() - {"text", "label"}:  # a README is no sample
                 self.pass_over("texts without another file passed over", stem)
@@ -371,8 +363,7 @@ class Folder(Table):
             if "video" in row:  # its sound, where there is no sound file
                 row.setdefault("audio", row["video"])
             for column in row.keys() & {"text", "label"}:
-                path = row[column]
-                row[column] = ""
+                path, row[column] = row[column], ""
                 with suppress(ValueError):
                     row[column] = read_caption(read_bytes(root / path))
                 if not row[column]:

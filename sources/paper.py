@@ -44,7 +44,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from files.decode import DataError, errors_named
+from files.decode import DataError, errors_named, require
 from model import MODALITIES
 from sources.base import COLUMN_OF
 from sources.manifest import Table
@@ -297,8 +297,8 @@ def scene_rows(root, split, folders):
             missing.discard(scene)
             if (scene in tests) == (split == "test"):
                 yield {"name": scene, "baseline": SENSORS[scene.split("/")[0]]} | scene_row(root, path.parent)
-    if missing == tests:  # or all of them would be training
-        raise DataError(f"no test folder is there, such as {min(tests, default='any')}")
+    # or all of them would be training
+    require(missing != tests, f"no test folder is there, such as {min(tests, default='any')}")
     for scene in sorted(missing):
         yield {"name": scene, "absent": "test folder without a scene"}
 
@@ -413,9 +413,8 @@ def ego4d(root, split):
         whys = {UNCLEAR: not uid, "no scenario": is_test and not scenarios,
                 "duration missing or absurd": not WINDOW <= duration <= LONGEST,
                 "no file": uid not in files["imu"], "no narrations": told and not told.get(uid)}
-        why = next((why for why, is_so in whys.items() if is_so), None)
-        if why:
-            yield {"name": uid, "absent": why}
+        if any(whys.values()):
+            yield {"name": uid, "absent": next(why for why, is_so in whys.items() if is_so)}
             continue
         row = {"name": uid, "imu": files["imu"][uid], "video": files["video"].get(uid), "seconds": WINDOW,
                "label": scenarios[0] if len(scenarios) == 1 else None}
@@ -575,8 +574,7 @@ def open_dataset(name, root, split):
     header = {}  # keys of all rows so far, in order: an earlier row lacks the later ones, which Table allows
     labels, known, reasons = set(), set(), {}
     with errors_named(f"{name}:{root}"):
-        if not root.is_dir():
-            raise DataError("no such folder")
+        require(root.is_dir(), "no such folder")
         for row in dataset.rows(root, split):
             labels.add(row.get("label"))  # of absent items, too: chance depends on the number of classes
             reason = row.get("absent") or why_absent(row)
@@ -587,9 +585,8 @@ def open_dataset(name, root, split):
                 reasons.setdefault(reason, [0, row.get("name") or "one without a name"])[0] += 1
                 known.update([row["item"]] if row.get("item") else [])
         absent = sum(count for count, _ in reasons.values())
-        if not header:
-            shown = [f"{count} {reason}, such as {first}" for reason, (count, first) in reasons.items()]
-            raise DataError(f"none of the {absent} items listed for {split} is there: {'; '.join(shown)}")
+        shown = "; ".join(f"{count} {reason}, such as {first}" for reason, (count, first) in reasons.items())
+        require(header, f"none of the {absent} items listed for {split} is there: {shown}")
         has_names = dataset.classes and header.keys() & {"label", "labels"}
         classes = dataset.classes(root) if has_names else named_alike(labels - {None})
     table = Table(root / name, ",".join(header).encode() + b"\n" + content.getvalue(), classes, absent)

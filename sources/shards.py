@@ -52,9 +52,7 @@ class Shards(Source):
         require(not missing[0], f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} are missing)")
         # Look into some shards, spread over all; one is enough to know the columns
         counted = range(0, len(paths), math.ceil(len(paths) / COUNTED))
-        samples = 0
-        columns = set()
-        self.reasons = {}
+        samples, columns, self.reasons = 0, set(), {}
         for shard in counted[:1] if size else counted:
             for _, stem, places, others in self.scan(shard):
                 samples += stem is None or len(places) > 0
@@ -63,12 +61,11 @@ class Shards(Source):
                     self.pass_over(f"files ending .{ending} passed over", f"{self.paths[shard].name}:{stem}")
         # The others have as many samples by their bytes
         sizes = [path.stat().st_size for path in self.paths]
-        share = sum(sizes[shard] for shard in counted) / max(sum(sizes), 1)
-        self.size = size or round(samples / max(share, 1e-9))
+        self.size = size or round(samples * sum(sizes) / max(1, sum(sizes[shard] for shard in counted)))
         self.header = sorted(columns)
         self.columns = [modality for modality in MODALITIES if modality in columns]
-        require(self.columns, f"{paths[0]}: no samples in it; files of a sample are STEM.ENDING "
-                f"with {', '.join(COLUMN_OF)}")
+        endings = ", ".join(COLUMN_OF)
+        require(self.columns, f"{paths[0]}: no samples in it; files of a sample are STEM.ENDING with {endings}")
 
     def __len__(self):
         return self.size

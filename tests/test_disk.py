@@ -70,7 +70,7 @@ def test_files_of_a_folder_that_share_a_stem_are_one_sample(tmp_path):
     assert source.read(2, "text") == "a cat" and source.read(2, "depth").shape == (8, 8)
     assert source.read(1, "audio").shape == (2, 8000) and source.classes == []
     assert {reason: count for reason, (count, _) in source.reasons.items()} == {
-        "files ending .md passed over": 1, "files passed over as a second image": 1,
+        "files ending .md passed over": 1, "files as a second image passed over": 1,
         "texts without another file passed over": 1}
     source.require_pair(("image", "audio"))
 
