@@ -67,9 +67,9 @@ def number(kind, wanted, allowed):
 
 positive = number(int, "a whole number above 0, at most 1e9", lambda n: 0 < n <= 1e9)
 positive_float = number(float, "a number above 0, at most 1e9", lambda x: 0 < x <= 1e9)
-count = number(int, "a whole number from 0 to 1e9", lambda n: 0 <= n <= 1e9)
-workers = number(int, "a whole number from 0 to 1024", lambda n: 0 <= n <= 1024)
-amount = number(float, "a number from 0 to 1e9", lambda x: 0 <= x <= 1e9)
+count = number(int, "a whole number at least 0, at most 1e9", lambda n: 0 <= n <= 1e9)
+workers = number(int, "a whole number at least 0, at most 1024", lambda n: 0 <= n <= 1024)
+amount = number(float, "a number at least 0, at most 1e9", lambda x: 0 <= x <= 1e9)
 filled = number(str, "a name", str.strip)
 share = number(float, "a number at least 0 and below 1", lambda x: 0 <= x < 1)
 
@@ -91,7 +91,7 @@ def parse_pairs(text):
     pairs = [tuple(name.split("-")) for name in text.split(",")]
     for pair in pairs:
         if len(set(pair)) != 2 or len(pair) != 2 or not set(pair) <= set(MODALITIES):
-            raise UsageError(f"--pair {'-'.join(pair)}: a pair is two of {', '.join(MODALITIES)}, with a -")
+            raise UsageError(f"--pair {'-'.join(pair)}: two different ones of {', '.join(MODALITIES)}, with -")
     if len(set(map(frozenset, pairs))) < len(pairs):
         raise UsageError(f"--pair {text}: names a pair twice; for longer training set --epochs")
     return pairs
@@ -112,10 +112,9 @@ def parse_sum(text):
 
 def parse_temperature(text):
     """A number, or "learned"."""
-    if text == "learned":
-        return text
     least = 1 / MAX_LOGIT_SCALE  # 1 / temperature is the logit scale, which has a largest value
-    return number(float, f"a number at least {least:g}, or 'learned'", lambda x: least <= x < math.inf)(text)
+    kind = number(float, f"a number at least {least:g}, or 'learned'", lambda x: least <= x < math.inf)
+    return text if text == "learned" else kind(text)
 
 
 def output_file(text):
@@ -156,8 +155,8 @@ def start_processes(device):
 
 def choose_amp(name, device):
     """The type that --amp names, None for float32; auto: bf16 on CUDA alone."""
-    automatic = torch.bfloat16 if device.type == "cuda" else None
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}[name]
+    types = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return types[name if name != "auto" else "bf16" if device.type == "cuda" else "off"]
 
 
 def add_checkpoint(add):

@@ -48,9 +48,8 @@ def show_split(source, split):
         print(f"{split}: about {len(source)} samples; what follows is of the first shard")
         source = source.held_out()
     indices, items = source.items()
-    classes = f"{len(source.classes)} classes" + (": " if source.classes else "") + "; ".join(source.classes)
     print(f"{split}: {len(set(items.tolist()))} items in {len(indices)} rows, {source.absent} absent; "
-          f"{', '.join(source.columns)}; {classes}")
+          f"{', '.join(source.columns)}; {len(source.classes)} classes: {'; '.join(source.classes)}")
     if source.published:
         print(f"  published: {source.published[0]} items, {source.published[1]} classes")
     for reason, (count, example) in source.reasons.items():
@@ -75,9 +74,8 @@ def show_files(source, modality, firsts, most=2000):
         with open(path, "rb") as file:
             first = known.setdefault((path.stat().st_size, hash(file.read(2**16))), path)
         copies += [f"{path}, which equals {first}"] * (first != path)
-    for found, what in ((absent, "files are absent"), (copies, "files are copies of others")):
-        if found:
-            print(f"    {len(found)} {what}, such as {found[0]}")
+    for found, what in ((absent, "absent"), (copies, "copies of others")):
+        print(f"    {len(found)} files are {what}, such as {found[0]}\n" if found else "", end="")
 
 
 def show_units(source, modality, firsts, most=32):
@@ -115,10 +113,10 @@ def show_units(source, modality, firsts, most=32):
 def command_for(spec, columns):
     """The command that uses a source: pairs with its pictures, else its videos or texts."""
     spec = shlex.quote(spec)
-    anchor = next((m for m in ("image", "video", "text") if m in columns), None)
-    others = [m for m in columns if m not in ("image", "video", "text")] or ["text"] * ("text" in columns)
-    pairs = [f"{anchor}-{m}" for m in others if m != anchor]
-    if not pairs or anchor is None:
+    anchors = [m for m in ("image", "video", "text") if m in columns]
+    others = [m for m in columns if m not in anchors] or anchors[-1:]
+    pairs = [f"{anchors[0]}-{m}" for m in others if anchors and m != anchors[0]]
+    if not pairs:
         return f"no pair to train; python evaluate.py zeroshot --modality {columns[0]} --data {spec}"
     clip = "" if spec == "toy" else " --clip ViT-B-16"
     return f"python train.py --pair {','.join(pairs)} --data {spec}{clip}"

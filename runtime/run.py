@@ -141,24 +141,17 @@ def new_folder(args):
     """The folder of a new run: --out, else runs/PAIR with the first number that is free."""
     found = [None]
     if rank() == 0:  # rank 0 decides for all: a slower process would already see this folder
-        name = args.pair.replace(",", "+")
-        candidates = [Path(args.out)] if args.out else numbered(Path("runs") / name)
+        name = "runs/" + args.pair.replace(",", "+")
+        names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
         if args.out and any(path.is_file() for path in (Path(args.out), *Path(args.out).parents)):
             raise UsageError(f"--out {args.out}: there is a file where the run's folder would be")
-        free = (path for path in candidates if not (path / "config.json").exists())
-        found = [next(free, None)]
+        candidates = map(Path, [args.out] if args.out else names)
+        found = [next((path for path in candidates if not (path / "config.json").exists()), None)]
     if processes() > 1:
         dist.broadcast_object_list(found)
     if found[0] is None:
         raise UsageError(f"--out {args.out} holds a run already: --resume it, or name another folder")
     return found[0]
-
-
-def numbered(path):
-    """path, path-2, path-3, ..."""
-    yield path
-    for n in itertools.count(2):
-        yield path.with_name(f"{path.name}-{n}")
 
 
 def options_of_run(folder, args, parse_args):
@@ -169,12 +162,11 @@ def options_of_run(folder, args, parse_args):
     """
     if not (folder / "config.json").exists():
         raise UsageError(f"--resume {folder}: no run in this folder (no config.json)")
-    linked = [path.name for path in folder.iterdir() if path.is_symlink()]
-    if linked:
-        raise UsageError(f"--resume {folder}: {linked[0]} is a link; a run writes in its folder alone")
-    config = Run(folder).read_config()
+    for path in folder.iterdir():
+        if path.is_symlink():
+            raise UsageError(f"--resume {folder}: {path.name} is a link; a run writes in its folder alone")
+    config = Run(folder).read_config() | {"resume": args.resume}
     saved = {key: value for key, value in config.items() if hasattr(args, key)}
-    saved["resume"] = args.resume
     args = parse_args(saved=saved)
     for name, value in saved.items():
         if getattr(args, name) != value and name not in HARMLESS:

@@ -167,7 +167,7 @@ class Source:
     def require_pair(self, pair):
         """DataError unless some sample has both modalities of the pair, and some of the first have files."""
         for modality in pair:
-            require(modality in self.columns, f"no {modality}; its columns are {', '.join(self.header)}")
+            require(modality in self.columns, f"no column {modality}; it has {', '.join(self.header)}")
         if self.streamed:  # which has its files inside
             return
         indices, items = self.items(*pair)

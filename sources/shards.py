@@ -65,7 +65,7 @@ class Shards(Source):
         self.header = sorted(columns)
         self.columns = [modality for modality in MODALITIES if modality in columns]
         endings = ", ".join(COLUMN_OF)
-        require(self.columns, f"{paths[0]}: no samples in it; files of a sample are STEM.ENDING with {endings}")
+        require(self.columns, f"{paths[0]}: no samples in it; its files are STEM.ENDING with {endings}")
 
     def __len__(self):
         return self.size

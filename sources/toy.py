@@ -139,8 +139,7 @@ class ToyWorld(Source):
         return f"toy {self.split} {self.size} {self.seed} {self.crowded}"
 
     def row(self, index):
-        row = dict.fromkeys(self.columns, self.name(index))
-        return row | {"text": self.read(index, "text")}
+        return dict.fromkeys(self.columns, self.name(index)) | {"text": self.read(index, "text")}
 
     def caption(self, index, modality):
         return f"{self.name(index)} {self.read(index, 'text')}"
@@ -157,8 +156,7 @@ class ToyWorld(Source):
         """Every sample has every modality."""
 
     def read(self, index, modality):
-        render = getattr(self, f"render_{modality}")
-        return render(self.scene(index), self.rng(index, stream_of(modality)))
+        return getattr(self, f"render_{modality}")(self.scene(index), self.rng(index, stream_of(modality)))
 
     def rng(self, index, stream):
         return np.random.default_rng([self.seed, self.split == "test", index, stream])
@@ -226,8 +224,7 @@ class ToyWorld(Source):
         wave = rng.normal(0, 10 ** rng.uniform(-3.5, -2.5), len(t))  # hiss of the recording
         for thing in scene:
             material, shape = CONCEPTS[thing.concept]
-            pitch = PITCH[shape] * rng.uniform(0.985, 1.015)
-            phase = 2 * np.pi * (pitch * t + rng.random())
+            phase = 2 * np.pi * (PITCH[shape] * rng.uniform(0.985, 1.015) * t + rng.random())
             noise = ringing(MATERIALS[material].resonance)
             start = int(rng.integers(4 * SAMPLE_RATE - len(t)))
             tone = np.sin(phase) + 0.5 * np.sin(2 * phase)  # with one overtone
@@ -241,8 +238,7 @@ class ToyWorld(Source):
         imu[:3] += 0.3 * rng.normal(size=(3, 1))  # what is left of gravity
         for thing in scene:
             material, shape = CONCEPTS[thing.concept]
-            rate = 1.2 * rng.uniform(0.9, 1.1)
-            swing = np.exp(-2j * np.pi * (rate * t + rng.random()))
+            swing = np.exp(-2j * np.pi * (1.2 * rng.uniform(0.9, 1.1) * t + rng.random()))
             rhythm = MATERIALS[material].rhythm * rng.uniform(0.98, 1.02)
             tremble = np.sin(2 * np.pi * (rhythm * t + rng.random()))
             movement = rng.uniform(0.7, 1.4) * np.outer(MOTION[shape], swing).real  # (6, T)
