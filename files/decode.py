@@ -107,11 +107,9 @@ def picture_of(x):
     x = np.asarray(x)
     if x.ndim == 3 and x.shape[0] in (1, 3, 4) and x.shape[2] not in (1, 3, 4):
         x = np.moveaxis(x, 0, 2)
-    if x.ndim == 3 and x.shape[2] == 1:
-        x = x[..., 0]
     if x.ndim == 3:
-        x = to_levels(x)
-    elif x.dtype.kind == "f":
+        x = x[..., 0] if x.shape[2] == 1 else to_levels(x)
+    if x.dtype.kind == "f":
         x = x.astype(np.float32)
     return Image.fromarray(np.ascontiguousarray(x))
 
@@ -243,8 +241,7 @@ def read_caption(content):
         with suppress(ValueError, RecursionError):  # a caption may begin so, too
             facts = json.loads(text)
             text = facts.get("caption") or facts.get("text") or ""
-    if isinstance(text, list):  # CLAP's, several of one sound
-        text = text[0]
+    text = text[0] if isinstance(text, list) else text  # CLAP's, several of one sound
     text = str(text).encode(errors="replace").decode()  # JSON may hold half a character
     require(text.strip(), "an empty text")
     return read_text(text[:MAX_TEXT])

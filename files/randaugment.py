@@ -14,10 +14,8 @@ from PIL import Image, ImageEnhance, ImageOps
 # From -1..1 to a matrix about the picture's centre: a b x, c d y
 MOVES = {
     "rotate": lambda s: (cos(s * 0.52), -sin(s * 0.52), 0, sin(s * 0.52), cos(s * 0.52), 0),  # 30 degrees
-    "shear_x": lambda s: (1, 0.3 * s, 0, 0, 1, 0),
-    "shear_y": lambda s: (1, 0, 0, 0.3 * s, 1, 0),
-    "shift_x": lambda s: (1, 0, 0.45 * s, 0, 1, 0),
-    "shift_y": lambda s: (1, 0, 0, 0, 1, 0.45 * s),
+    "shear_x": lambda s: (1, 0.3 * s, 0, 0, 1, 0), "shear_y": lambda s: (1, 0, 0, 0.3 * s, 1, 0),
+    "shift_x": lambda s: (1, 0, 0.45 * s, 0, 1, 0), "shift_y": lambda s: (1, 0, 0, 0, 1, 0.45 * s),
 }
 # Pillow's, by the names that it gives them: these have a factor, and these none
 FACTORS = ("Color", "Contrast", "Brightness", "Sharpness")

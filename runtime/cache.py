@@ -42,8 +42,7 @@ class Cache:
         if part not in self.opened:
             self.opened[part] = read_checkpoint(self.path(part), mmap=True)
         kept = self.opened[part]  # indices (n,), embeddings (n, views, E)
-        place = torch.searchsorted(kept["indices"], index)
-        z = kept["embeddings"][place, number]
+        z = kept["embeddings"][torch.searchsorted(kept["indices"], index), number]
         if z.isnan().any():
             raise DataError(f"its {self.modality} could not be read when its embedding was made")
         return z.clone()
@@ -99,9 +98,8 @@ def make_part(cache, part, model, batches, amp):
         if batch is None:
             continue
         places = torch.searchsorted(indices, batch["index"])
-        number = keys[0][0]
         with torch.autocast(encoder.pos.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            z[places, number] = model.embed(cache.modality, batch[cache.modality]).cpu()
+            z[places, keys[0][0]] = model.embed(cache.modality, batch[cache.modality]).cpu()
     save_atomic({"indices": indices, "embeddings": z}, cache.path(part))
     return unread
 

@@ -76,11 +76,8 @@ share = number(float, "a number at least 0 and below 1", lambda x: 0 <= x < 1)
 
 def parse_heads(text):
     """ "image=16,text=12" -> {"image": 16, "text": 12}."""
-    heads = {}
     with suppress(ValueError):
-        for part in text.split(","):
-            modality, heads_of_it = part.split("=")
-            heads[modality] = int(heads_of_it)
+        heads = {m: int(n) for m, n in (part.split("=") for part in text.split(","))}
         if heads.keys() <= set(MODALITIES) and all(0 < n <= 1024 for n in heads.values()):
             return heads
     raise argparse.ArgumentTypeError(f"{text}: heads are given as image=16,text=12")
@@ -91,7 +88,7 @@ def parse_pairs(text):
     pairs = [tuple(name.split("-")) for name in text.split(",")]
     for pair in pairs:
         if len(set(pair)) != 2 or len(pair) != 2 or not set(pair) <= set(MODALITIES):
-            raise UsageError(f"--pair {'-'.join(pair)}: two different ones of {', '.join(MODALITIES)}, with -")
+            raise UsageError(f"--pair {'-'.join(pair)}: two different ones of {', '.join(MODALITIES)}")
     if len(set(map(frozenset, pairs))) < len(pairs):
         raise UsageError(f"--pair {text}: names a pair twice; for longer training set --epochs")
     return pairs

@@ -51,7 +51,7 @@ def show_split(source, split):
     print(f"{split}: {len(set(items.tolist()))} items in {len(indices)} rows, {source.absent} absent; "
           f"{', '.join(source.columns)}; {len(source.classes)} classes: {'; '.join(source.classes)}")
     if source.published:
-        print(f"  published: {source.published[0]} items, {source.published[1]} classes")
+        print(f"  published: {source.published[0]} items, {source.published[1] or 'no'} classes")
     for reason, (count, example) in source.reasons.items():
         print(f"  {count} {reason}, such as {example}")
     print("  a sample:", {key: value[:80] for key, value in source.row(int(indices[0])).items() if value})

@@ -15,14 +15,10 @@ from files.decode import require
 
 # The endings that say what a file holds, in folders, in shards and in the paper's data sets
 ENDINGS = {
-    "image": "jpg jpeg png webp bmp gif tif tiff ppm",
-    "audio": "wav flac mp3 ogg opus m4a aac",
-    "video": "mp4 webm mkv avi mov m4v mpg",
-    "depth": "depth.png depth.npy depth.tif depth.tiff",
+    "image": "jpg jpeg png webp bmp gif tif tiff ppm", "text": "txt json", "label": "cls",
+    "audio": "wav flac mp3 ogg opus m4a aac", "video": "mp4 webm mkv avi mov m4v mpg",
+    "depth": "depth.png depth.npy depth.tif depth.tiff", "imu": "imu.npy imu.csv",
     "thermal": "thermal.png thermal.jpg thermal.tif thermal.tiff",
-    "imu": "imu.npy imu.csv",
-    "text": "txt json",
-    "label": "cls",
 }
 COLUMN_OF = {ending: column for column, endings in ENDINGS.items() for ending in endings.split()}
 
@@ -82,8 +78,7 @@ class Source:
 
     def rows(self):
         """Every row, in order."""
-        for index in self.indices():
-            yield self.row(index)
+        return map(self.row, self.indices())
 
     def items(self, *modalities):
         """The index (N,) of every sample, and its item (N,): the index of the first sample about it.

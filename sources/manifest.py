@@ -234,10 +234,8 @@ OPTIONS = {
 
 def read_file(modality, path, row):
     """The plain form of a file, or of the part of it that the row means. Raises DataError."""
-    options = {}  # of the reader, where the row has them
-    for column, option in OPTIONS.get(modality, {}).items():
-        if row.get(column):
-            options[option] = float(row[column])
+    columns = [column for column in OPTIONS.get(modality, {}) if row.get(column)]
+    options = {OPTIONS[modality][column]: float(row[column]) for column in columns}  # of the reader
     if modality in ("image", "thermal", "depth"):
         x = READERS[modality](path, **options)
         return cut_box(x, row["box"]) if row.get("box") else x

@@ -36,10 +36,10 @@ import math
 import os
 import re
 import zlib
+from collections import namedtuple
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -538,15 +538,11 @@ def msrvtt_captions(root):
 # All of them
 
 
-class DataSet(NamedTuple):
-    """How to read a data set."""
-
-    rows: object  # (root, split) -> rows
-    classes: object = None  # root -> {label: name}; None: the labels of the rows, sorted
-    list_of: object = None  # (root, split) -> the list that is read, where there are several
-    published: tuple = None  # (items, classes) that its authors list for the test split; None: no classes
-
-
+# rows       (root, split) -> rows
+# classes    root -> {label: name}; None: the labels of the rows, sorted
+# list_of    (root, split) -> the list that is read, where there are several
+# published  (items, classes) that its authors list for the test split; None: no classes
+DataSet = namedtuple("DataSet", "rows classes list_of published", defaults=(None, None, None))
 DATASETS = {
     "audioset": DataSet(audioset, audioset_classes, published=(20371, 527)),
     "esc50": DataSet(esc50, published=(2000, 50)),

@@ -18,8 +18,8 @@ LayerNorm. Relief and temperature are therefore profiles against a ground of kno
 import itertools
 import math
 import zlib
+from collections import namedtuple
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,14 +58,12 @@ MOTION = dict(zip(SHAPES, [
 ]))
 
 
-class Material(NamedTuple):
-    colour: tuple  # RGB in 0..1
-    profile: tuple  # top and bottom, -1..1: far to near in a depth map, cold to hot in a thermal one
-    resonance: float  # centre in Hz of the band of noise in its sound
-    rhythm: float  # of the trembling, Hz
-    surface: object  # shading in 0..1 over (u, v)
-
-
+# colour     RGB in 0..1
+# profile    top and bottom, -1..1: far to near in a depth map, cold to hot in a thermal one
+# resonance  centre in Hz of the band of noise in its sound
+# rhythm     of the trembling, Hz
+# surface    shading in 0..1 over (u, v)
+Material = namedtuple("Material", "colour profile resonance rhythm surface")
 MATERIALS = {
     "copper": Material((0.9, 0.5, 0.2), (-1, -1), 1800, 4.0, lambda u, v: 0.5 + 0.5 * np.sin(9 * v)),
     "jade": Material((0.2, 0.75, 0.45), (1, 1), 2194, 4.9, lambda u, v: 1.0 - u * u - v * v),
@@ -91,16 +89,8 @@ CAPTIONS = [f"{opening} {mood}{{}}{place}"  # the concept's name goes into the b
 # Samples
 
 
-class Thing(NamedTuple):
-    """One object of a scene; place and radius in fractions of the picture."""
-
-    concept: int
-    x: float
-    y: float
-    radius: float
-    angle: float
-
-
+# One object of a scene; place and radius in fractions of the picture
+Thing = namedtuple("Thing", "concept x y radius angle")
 SCENE = 0  # number of the random stream that decides what a sample shows
 
 
