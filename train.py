@@ -257,7 +257,7 @@ def train_pair(args, run, model, pair, has_weights, device, amp, saved=None):
     source = open_pair(args, pair, role.leader)
     rows, items = data.count_rows(source, pair)
     settings = settings_for(args, role.leader, rows, items)
-    run.say(describe_roles(pair, role, has_weights))
+    run.say("; ".join(filter(None, [describe_roles(pair, role, has_weights), source.note])))
     if rows < len(source):
         run.say(f"{name}: {rows} of {len(source)} rows have both, {len(source) - rows} are absent")
     # What a step changes, as it begins or as it was saved.
@@ -444,14 +444,12 @@ def initial_model(args, pairs, run):
         given = toy_anchor(args, run)
     trained = dict(given.encoders.items()) if given else {}
     # New encoders have the width of those that they bind to, or the preset's.
-    width = preset(kind, needed[0]).embed_dim
-    if trained:
-        width = next(iter(trained.values())).config.embed_dim
+    first = next(iter(trained.values()), None)
+    width = (first.config if first else preset(kind, needed[0])).embed_dim
     torch.manual_seed(args.seed)
     model = ImageBind([replace(preset(kind, m), embed_dim=width) for m in needed if m not in trained])
     model.encoders.update(trained)
-    if given:
-        model.pairs.update(given.pairs)
+    model.pairs.update(given.pairs if given else {})
     return model, set(trained)
 
 

@@ -298,8 +298,7 @@ def open_samples(x, rate):
     x = np.atleast_2d(np.asarray(x))
     require(rate and x.ndim == 2 and x.dtype.kind in "iuf",
             f"samples are (channels, T), with their rate in Hz, not {x.shape} with rate={rate}")
-    if len(x) > x.shape[1]:
-        x = x.T
+    x = x.T if len(x) > x.shape[1] else x
     wave = torch.from_numpy(x.astype(np.float32))
     if x.dtype.kind in "iu":
         wave = wave / 2 ** (8 * x.dtype.itemsize - 1) - float(x.dtype.kind == "u")

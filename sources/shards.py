@@ -97,8 +97,7 @@ class Shards(Source):
 
     def having(self, modalities, shards):
         """Index of every sample of these shards that has the modalities, or is damaged."""
-        wanted = set(modalities)
-        return [index for index, columns in self.walk(shards) if columns is None or columns >= wanted]
+        return [index for index, held in self.walk(shards) if held is None or held >= set(modalities)]
 
     def find_items(self, modalities):
         wanted = set(modalities)

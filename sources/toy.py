@@ -41,12 +41,9 @@ def cross(u, v):
 
 
 SHAPES = {  # inside where positive; u to the right, v down, the object within the unit circle
-    "disc": lambda u, v: 0.8 - np.hypot(u, v),
-    "ring": lambda u, v: 0.2 - abs(np.hypot(u, v) - 0.72),
-    "beam": lambda u, v: bar(u, v, 0.26, 0.92),
-    "column": lambda u, v: bar(v, u, 0.26, 0.92),
-    "cross": cross,
-    "saltire": lambda u, v: cross((u + v) * 0.71, (u - v) * 0.71),
+    "disc": lambda u, v: 0.8 - np.hypot(u, v), "ring": lambda u, v: 0.2 - abs(np.hypot(u, v) - 0.72),
+    "beam": lambda u, v: bar(u, v, 0.26, 0.92), "column": lambda u, v: bar(v, u, 0.26, 0.92),
+    "cross": cross, "saltire": lambda u, v: cross((u + v) * 0.71, (u - v) * 0.71),
     "triangle": lambda u, v: np.minimum(0.6 - v, 0.5 * v + 0.42 - 0.87 * abs(u)),
     "crescent": lambda u, v: np.minimum(0.9 - np.hypot(u, v), np.hypot(u - 0.5, v) - 0.62),
 }
