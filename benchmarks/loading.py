@@ -1,6 +1,7 @@
 """What large data sets cost; prints a line for each row. Files are made up, weights random.
 
     python benchmarks/loading.py manifest    # 2,000,000 rows: time to the first batch, memory of processes
+    python benchmarks/loading.py dataset     # 2,000,000 lines of AudioSet beside 300,000 files: time to open
     python benchmarks/loading.py shards      # 5,000 small pairs: tar shards against loose files, and resuming
     python benchmarks/loading.py cache       # epoch 2 with and without --cache-anchor
     python benchmarks/loading.py processes   # losses of 1, 2 and 4 gloo processes, bytes that a step sends
@@ -91,6 +92,27 @@ def private_memory(pid):
     """MB that a process shares with nobody."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
+
+
+# ---------------------------------------------------------------------------------------------
+# dataset
+
+
+def dataset(folder, lines=2_000_000, files=300_000):
+    """A training list of AudioSet, of whose clips some are there."""
+    (folder / "audio").mkdir()
+    with open(folder / "unbalanced_train_segments.csv", "w") as file:
+        for i in range(lines):
+            file.write(f'{i:011}, 30.000, 40.000, "/m/09x0r,/m/04rlf"\n')
+    for i in range(files):
+        (folder / "audio" / f"{i * (lines // files):011}.wav").touch()
+    (folder / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/09x0r,Speech\n")
+    before = peak_memory()
+    start = time.monotonic()
+    source = open_data(f"audioset:{folder}")
+    print(f"AudioSet's list of {lines:,} lines beside {files:,} files: opened in "
+          f"{time.monotonic() - start:.1f} s, {peak_memory() - before:.0f} MB; "
+          f"{len(source):,} clips, {source.absent:,} absent")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,6 +286,6 @@ if __name__ == "__main__":
         del sys.argv[1]
         counted_training()
     else:
-        for name in sys.argv[1:] or ("manifest", "shards", "cache", "processes", "views"):
+        for name in sys.argv[1:] or ("manifest", "dataset", "shards", "cache", "processes", "views"):
             with tempfile.TemporaryDirectory() as place:
                 globals()[name](Path(place))

@@ -2,7 +2,7 @@
 
     python benchmarks/paper.py --root /data --checkpoint imagebind_huge --markdown table.md
 
---root is a folder with the data sets, at most two levels below it. What is finished is kept in --out, a file
+--root is a folder with the data sets, each in a folder of its own. What is finished is kept in --out, a file
 for each, and is not measured again for the same weights, code and data: a killed run resumes.
 """
 
@@ -73,32 +73,18 @@ PAPER = [
         f"AVFIC 37.7, ARNLQ 72.1 (paper, table 3); 41.6 ({MTEB})", AUDIOCAPS),
 ]
 
-# A file or folder that the data set alone has, and what its first line holds where others have such a file
-MARKERS = {
-    "audioset": ("eval_segments.csv", ""), "esc50": ("meta/esc50.csv", ""), "vggsound": ("vggsound.csv", ""),
-    "clotho": ("clotho_captions_evaluation.csv", ""), "audiocaps": ("test.csv", "audiocap_id"),
-    "sunrgbd": ("kv1", ""), "nyud": ("kv1/NYUdata", ""), "llvip": ("infrared", ""),
-    "ego4d": ("ego4d.json", ""), "imagenet": ("LOC_synset_mapping.txt", ""),
-    "places365": ("places365_val.txt", ""), "kinetics400": ("val.csv", "time_end"),
-    "msrvtt": ("MSRVTT_JSFUSION_test.csv", ""),
-}
-
 
 def find_dataset(root, name):
-    """The folder at most two levels below the root that holds the data set, or None."""
-    for folder in (root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))):
-        if is_marked(folder, *MARKERS[name]):
-            return folder
+    """The folder below the root, or the root itself, where the data set's lists are found, or None."""
+    for folder in (*sorted(root.glob("*/")), root):
+        try:
+            open_dataset(name, folder, "test")
+        except DataError as error:
+            reason = str(error).removeprefix(f"{name}:{folder}: ")
+            if reason.startswith(("no ", "neither ")):  # its lists are not there
+                continue
+        return folder
     return None
-
-
-def is_marked(folder, name, word):
-    if not word:
-        return (folder / name).exists()
-    if not (folder / name).is_file():
-        return False
-    with open(folder / name, encoding="utf-8", errors="replace") as file:
-        return word in file.readline()
 
 
 def measure_all(args, model):
@@ -200,7 +186,7 @@ def table(rows):
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--root", required=True, help="a folder with the paper's data sets, at most two levels below")
+    add("--root", required=True, help="a folder with a folder for each of the paper's data sets")
     cli.add_checkpoint(add)
     add("--out", help="keeps a file per finished data set (default: the --json file's name without ending, "
         "or suite)")
