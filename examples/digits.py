@@ -1,7 +1,7 @@
 """Digits, written, spoken and named: a folder of your own files, from the package manager.
 
     apt-get install espeak-ng && pip install scikit-learn
-    python examples/digits.py make digits            # pictures, sounds and manifests; then it prints what to run
+    python examples/digits.py make digits            # pictures, sounds, manifests; and what to run then
     python examples/digits.py human runs/digits      # human recordings, if `make` found some: named by text
     python examples/digits.py picture runs/digits    # draws examples/digits.png
 
@@ -25,10 +25,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+from figure import GREY, coloured, enlarged, write  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
@@ -37,21 +38,26 @@ from runtime.cli import Parser, UsageError, load_model, read_lines, run_main  # 
 from sources import open_data  # noqa: E402
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CAPTIONS = ("a handwritten {}.", "the digit {}.", "a scan of the number {}.", "{}")
-# Languages and espeak-ng's accents of each: those to train with, and those held out. espeak-ng says the
-# digits alike in all its accents of French, and has one accent of Italian.
-ACCENTS = {
-    "en": (("en-us", "en-us-nyc", "en-gb", "en-gb-x-rp", "en-gb-x-gbclan"),
-           ("en-gb-scotland", "en-gb-x-gbcwmd", "en-029")),
-    "es": (("es",), ("es-419",)),
-    "fr": (("fr-fr",), ()),
-    "it": (("it",), ()),
-    "ru": (("ru",), ("ru-lv",)),
+CAPTIONS = ("{}.", "a {}.", "the digit {}.", "a handwritten {}.", "a picture of the {}.", "this is a {}.",
+            "you can see {}.", "{} on white paper.")
+# Languages; of each, how many voices to train with, espeak-ng's accents among them, and accents held out.
+# espeak-ng says the digits alike in all its accents of French, and has one accent of Italian. Russian has one
+# to train with, so its relatives stand in: uk is Ukrainian, Belarusian and Bulgarian.
+LANGUAGES = {
+    "en": (100, ("en-us", "en-us-nyc", "en-gb", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd"),
+           ("en-gb-scotland", "en-029")),
+    "es": (60, ("es",), ("es-419",)),
+    "fr": (50, ("fr-fr",), ()),
+    "it": (50, ("it",), ()),
+    "ru": (80, ("ru",), ("ru-lv",)),
+    "uk": (30, ("uk", "be", "bg"), ()),
 }
-VOICES = 40  # of each language in training
-COPIES = 3  # of each training sound, each changed otherwise
+DRAWN = (("English (Scotland)", "en-gb-scotland"), ("Spanish (Latin America)", "es-419"),
+         ("Russian (Latvia)", "ru-lv"))
+COPIES = 2  # of each training sound, each changed otherwise
 SCAN_COPIES = 4  # of each training scan, the first as it is
-HELD_OUT_SPEAKERS, HELD_OUT_SCANS = 20, 360
+TEST_SPEAKERS = 20  # of each held-out accent
+HELD_OUT_SCANS = 360
 RECORDINGS = "/usr/share/asterisk/sounds"  # where Debian's packages put them
 
 
@@ -63,9 +69,9 @@ def find_speakers():
     """Names of espeak-ng's variants, each a speaker for any accent. UsageError without espeak-ng."""
     if not shutil.which("espeak-ng"):
         raise UsageError("espeak-ng is not installed: apt-get install espeak-ng")
-    table = subprocess.run(["espeak-ng", "--voices=variant"], capture_output=True, text=True).stdout
+    table = subprocess.run(["espeak-ng", "--voices=variant"], capture_output=True, text=True)
     speakers = []
-    for line in table.splitlines():
+    for line in table.stdout.splitlines():
         # Names with a blank cannot be told from the column that follows them.
         name = line.partition("!v/")[2].split("  ")[0]
         if name and " " not in name:
@@ -90,17 +96,17 @@ def speak(voice, digit, speed=175, pitch=50):
 def choose_voices(speakers, rng):
     """(training voices, held-out voices), each a list of (language, voice).
 
-    A held-out voice is an accent never in training, spoken by a speaker never in training.
+    A held-out voice has an accent that no voice in training has. Its speaker is in training, with others.
     """
-    order = rng.permutation(speakers).tolist()
-    held_out, known = order[:HELD_OUT_SPEAKERS], order[HELD_OUT_SPEAKERS:]
     training, testing = [], []
-    for language, (accents, new_accents) in ACCENTS.items():
-        of_language = rng.permutation(known)[:VOICES].tolist()
-        for number, speaker in enumerate(of_language):
-            training.append((language, f"{accents[number % len(accents)]}+{speaker}"))
+    tested = rng.permutation(speakers)[:TEST_SPEAKERS].tolist()
+    for language, (voices, accents, new_accents) in LANGUAGES.items():
+        order = rng.permutation(speakers).tolist()
+        for number in range(voices):
+            accent, speaker = accents[number % len(accents)], order[number % len(order)]
+            training.append((language, f"{accent}+{speaker}"))
         for accent in new_accents:
-            testing += [(language, f"{accent}+{speaker}") for speaker in held_out]
+            testing += [(language, f"{accent}+{speaker}") for speaker in tested]
     return training, testing
 
 
@@ -133,7 +139,7 @@ def change_speed(x, rng, least=0.75, most=1.33):
 
 def change_colour(x, rng):
     """Raises and lowers broad bands by some dB, as microphones, rooms and mouths do."""
-    return filtered(x, np.geomspace(60, 8000, 8), rng.normal(0, 5, 8))
+    return filtered(x, np.geomspace(60, 8000, 8), rng.normal(0, 4, 8))
 
 
 def limit_band(x, rng):
@@ -155,8 +161,8 @@ def filtered(x, frequencies, decibels):
 
 
 def add_echo(x, rng):
-    """A small room: echoes that die away within 0.05 to 0.3 s, in half of the sounds."""
-    if rng.random() < 0.5:
+    """A small room: echoes that die away within 0.05 to 0.3 s, in three sounds of ten."""
+    if rng.random() < 0.7:
         return x
     length = int(rng.uniform(0.05, 0.3) * SAMPLE_RATE)
     echo = rng.normal(0, 1, length) * np.exp(-6 * np.arange(length) / length)
@@ -167,28 +173,30 @@ def add_echo(x, rng):
 
 
 def add_pauses(x, rng):
-    """Silence of up to 0.3 s on each side, so that the word may begin anywhere."""
-    before, after = rng.integers(0, int(0.3 * SAMPLE_RATE), 2)
+    """Silence of up to 0.2 s on each side, so that the word may begin anywhere."""
+    before, after = rng.integers(0, int(0.2 * SAMPLE_RATE), 2)
     return np.pad(x, (before, after))
 
 
 def add_noise(x, rng):
-    """Noise that falls with frequency more or less, 10 to 60 dB below the peak."""
+    """Noise that falls with frequency more or less, 20 to 70 dB below the peak."""
     noise = rng.normal(0, 1, len(x))
     slope = rng.uniform(-6, 0)  # dB an octave
     octaves = np.log2(np.geomspace(60, 8000, 8) / 60)
     noise = filtered(noise, np.geomspace(60, 8000, 8), slope * octaves)
-    level = np.abs(x).max() * 10 ** (-rng.uniform(10, 60) / 20)
+    level = np.abs(x).max() * 10 ** (-rng.uniform(20, 70) / 20)
     return x + noise / np.abs(noise).max() * level
 
 
 def change_loudness(x, rng):
-    """A peak between -26 and 0 dB: recordings are not evened out."""
-    return x / np.abs(x).max() * 10 ** (-rng.uniform(0, 26) / 20)
+    """A peak between -20 and 0 dB: recordings are not evened out."""
+    return x / np.abs(x).max() * 10 ** (-rng.uniform(0, 20) / 20)
 
 
 def vary(x, rng):
-    """A training sound: the word as another mouth, room and line might have it."""
+    """A training sound: the word as another mouth, room and line might have it; three of ten as it is."""
+    if rng.random() < 0.3:
+        return x
     x = add_pauses(change_colour(change_speed(trim(x), rng), rng), rng)
     # Noise of the room passes the line; noise of the line does not.
     if rng.random() < 0.5:
@@ -221,15 +229,15 @@ def to_picture(scan, rng=None):
     picture = ink.resize((32, 32), Image.Resampling.BICUBIC)
     if rng is None:
         return picture
-    angle, slant = rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2)  # radians
+    angle, slant = rng.uniform(-0.2, 0.2, 2)  # radians
     zoom = rng.uniform(0.9, 1.15)
     across = np.array([math.cos(angle), math.sin(angle) + slant]) / zoom
     down = np.array([-math.sin(angle), math.cos(angle)]) / zoom
     # The middle of the picture stays, up to two pixels.
-    middle = np.array([16, 16])
-    moved = middle + rng.uniform(-2, 2, 2)
-    matrix = [*across, moved[0] - across @ middle, *down, moved[1] - down @ middle]
-    return picture.transform((32, 32), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=255)
+    middle = 16 + rng.uniform(-2, 2, 2)
+    matrix = [*across, middle[0] - 16 * across.sum(), *down, middle[1] - 16 * down.sum()]
+    return picture.transform((32, 32), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
+                             fillcolor=255)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,6 +246,8 @@ def to_picture(scan, rng=None):
 
 def make(folder, recordings):
     """Fills a folder with pictures, sounds and manifests, the same for everyone."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; name a folder")
     rng = np.random.default_rng(0)
     speakers = find_speakers()
     scans, digits = load_scans()
@@ -255,9 +265,9 @@ def make(folder, recordings):
                    ("image", "audio", "text", "label"))
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
     human = copy_recordings(folder, recordings)
-    print(f"{folder}: {len(pictures)} pictures of {len(scans) - len(held_out_pictures)} scans, "
-          f"{len(held_out_pictures)} held out; {len(sounds)} sounds in {len(training)} voices, "
-          f"{len(held_out_sounds)} in {len(testing)} held out; human recordings: {', '.join(human) or 'none'}")
+    print(f"training: {len(pictures)} pictures of {len(scans) - HELD_OUT_SCANS} scans, "
+          f"{len(sounds)} sounds in {len(training)} voices; held out: {HELD_OUT_SCANS} scans, "
+          f"{len(held_out_sounds)} sounds in {len(testing)} voices; human: {', '.join(human) or 'none'}")
 
 
 def make_pictures(folder, scans, digits, rng):
@@ -270,14 +280,14 @@ def make_pictures(folder, scans, digits, rng):
             path = f"pictures/{number:04}-{copy}.png"
             to_picture(scans[number], rng if copy else None).convert("RGB").save(folder / path)
             word = WORDS[digits[number]]
-            row = {"image": path, "text": CAPTIONS[copy % len(CAPTIONS)].format(word), "label": word,
+            row = {"image": path, "text": rng.choice(CAPTIONS).format(word), "label": word,
                    "item": number}
             (held_out if is_held_out else training).append(row)
     return training, held_out
 
 
 def make_sounds(folder, voices, copies):
-    """Writes ten digits of each voice: `copies` varied ones, or with 0 one as espeak-ng speaks it. The rows."""
+    """Writes ten digits of each voice, in `copies` varied ones or, if 0, as espeak-ng speaks; the rows."""
     def of_voice(job):
         number, (language, voice) = job
         rng = np.random.default_rng([1, number])  # its own, because threads take turns
@@ -327,7 +337,7 @@ def copy_recordings(folder, recordings):
     for digits in sorted(Path(recordings).glob("*/digits")):
         language = digits.parent.name[:2]
         found = [digit for digit in range(10) if (digits / f"{digit}.wav").is_file()]
-        if language not in ACCENTS or not found:
+        if language not in LANGUAGES or not found:
             continue
         rows = []
         for digit in found:
@@ -347,5 +357,133 @@ def write_manifest(path, rows, columns):
         table.writerows(rows)
 
 
+# ---------------------------------------------------------------------------------------------
+# The results
+
+
+def open_made(folder, manifest):
+    """The source of a manifest in the folder. UsageError where there is none."""
+    path = folder / manifest
+    if not path.is_file():
+        raise UsageError(f"{path} is not there: make the folder first")
+    return open_data(str(path), "test")
+
+
+def recognise(checkpoint, folder, manifest):
+    """Names the sounds of a manifest by text: how often each digit (10,) was called each (10,)."""
+    source = open_made(folder, manifest)
+    model = load_model(checkpoint)
+    sounds = evaluate.embed_items(model, source, "audio")
+    classes = evaluate.class_embeddings(model, WORDS, read_lines(folder / "prompts.txt"))
+    named = (sounds.z @ classes.T).argmax(dim=1).tolist()
+    counts = np.zeros((10, 10), int)
+    for label, name in zip(sounds.labels.tolist(), named):
+        counts[WORDS.index(source.classes[label]), name] += 1
+    return counts
+
+
+def wilson(right, total, z=1.96):
+    """The 95 % interval of a share (Wilson, 1927): from, to. Unlike right / total +- z s it stays in 0..1."""
+    share = right / total
+    middle = share + z * z / (2 * total)
+    reach = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return (middle - reach) / (1 + z * z / total), (middle + reach) / (1 + z * z / total)
+
+
+def report_recordings(checkpoint, folder):
+    """Prints how many of each language's human recordings are named right."""
+    manifests = sorted(folder.glob("human-*.csv"))
+    if not manifests:
+        raise UsageError(f"{folder} has no human recordings: apt-get install asterisk-core-sounds-en-wav "
+                         "(es, fr, it, ru), then make the folder again")
+    for path in manifests:
+        counts = recognise(checkpoint, folder, path.name)
+        right, total = int(counts.trace()), int(counts.sum())
+        low, high = wilson(right, total)
+        print(f"{path.stem}: {right} of {total}, 95 % interval {low:.0%} to {high:.0%}, chance 10 %")
+
+
+def draw(checkpoint, folder, out):
+    """A page: of each digit a scan and three accents, all held out; then what was named how often."""
+    page = Image.new("RGB", (1900, 760), "white")
+    pen = ImageDraw.Draw(page)
+    source = open_made(folder, "heldout_voices.csv")
+    for digit, word in enumerate(WORDS):
+        x = 40 + 108 * digit
+        write(pen, x + 50, 40, word, 26)
+        rows = [index for index in range(len(source)) if source.classes[source.label(index)] == word]
+        page.paste(enlarged(source.read(rows[0], "image"), 100), (x, 70))
+        for line, (_, accent) in enumerate(DRAWN):
+            index = next(i for i in rows if f"/{accent}+" in source.row(i)["audio"])
+            page.paste(spectrogram(source.read(index, "audio")), (x, 222 + 180 * line))
+    write(pen, 40, 196, "above: held-out scans; below: accents that were never in training", 24, GREY, "lm")
+    for line, (name, _) in enumerate(DRAWN):
+        write(pen, 40, 344 + 180 * line, name, 24, GREY, "lm")
+    draw_confusions(pen, recognise(checkpoint, folder, "heldout_voices.csv"))
+    page.convert("P", palette=Image.Palette.ADAPTIVE).save(out, optimize=True)
+    print(out)
+
+
+def spectrogram(x, seconds=0.8):
+    """Waveform (1, T) -> its log-mel picture, low notes at the bottom, 100 x 100 pixels."""
+    x = x[:, : int(seconds * SAMPLE_RATE)]
+    mel = data.filter_bank(x - x.mean(), bins=50, frames=int(100 * seconds))[0].flip(0).numpy()
+    low, high = np.percentile(mel, (20, 99.5))
+    return enlarged(coloured((mel - low) / (high - low), "audio"), 100)
+
+
+def draw_confusions(pen, counts, left=1270, top=120, cell=60):
+    """Counts (10, 10), row spoken, column named: as shares of the row in %."""
+    right = counts.trace() / counts.sum()
+    write(pen, left + 5 * cell, 40, f"spoken (row), named by text (column), in %: {right:.1%} right", 26)
+    for row, word in enumerate(WORDS):
+        write(pen, left - 12, top + (row + 0.5) * cell, word, 24, anchor="rm")
+        write(pen, left + (row + 0.5) * cell, top - 20, str(row), 24)
+        for column in range(10):
+            x, y = left + column * cell, top + row * cell
+            percent = 100 * counts[row, column] / max(1, counts[row].sum())
+            colour = coloured(math.sqrt(percent / 100), "recall")  # the root shows few mistakes, too
+            pen.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), tuple(colour.tolist()))
+            if percent >= 0.5:
+                write(pen, x + cell / 2, y + cell / 2, f"{percent:.0f}", 24)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+COMMANDS = """
+python train.py --pair image-text --data {0}/pictures.csv --eval-data {0}/heldout_pictures.csv \\
+    --preset tiny --augment none --batch-size 64 --epochs 6 --lr 2e-3 --weight-decay 0.05 \\
+    --out runs/digits-anchor
+python train.py --pair image-audio --data {0}/pairs.csv --eval-data {0}/heldout_voices.csv \\
+    --preset tiny --init runs/digits-anchor --cache-anchor --augment none --batch-size 64 \\
+    --steps 2000 --lr 1e-3 --weight-decay 0.05 --drop-path 0 --temperature 0.1 --out runs/digits
+python evaluate.py zeroshot --modality audio --checkpoint runs/digits --data {0}/heldout_voices.csv \\
+    --templates {0}/prompts.txt
+python examples/report.py runs/digits --data {0}/heldout_voices.csv"""
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("make", help="fills a folder with pictures, sounds and manifests")
+    command.add_argument("folder", type=Path, nargs="?", default=Path("digits"))
+    command.add_argument("--recordings", type=Path, default=RECORDINGS,
+                         help=f"where the human recordings lie (default: {RECORDINGS})")
+    for name, told in (("human", "names the human recordings"), ("picture", "draws the picture")):
+        command = commands.add_parser(name, help=told)
+        command.add_argument("checkpoint", help="the run of the sounds")
+        command.add_argument("--folder", type=Path, default=Path("digits"))
+    command.add_argument("--out", default=Path(__file__).with_suffix(".png"))
+    args = parser.parse_args()
+    if args.command == "make":
+        make(args.folder, args.recordings)
+        print(COMMANDS.format(args.folder))
+    elif args.command == "human":
+        report_recordings(args.checkpoint, args.folder)
+    else:
+        draw(args.checkpoint, args.folder, args.out)
+
+
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), RECORDINGS)
+    run_main(main)
