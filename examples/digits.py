@@ -265,7 +265,7 @@ def make(folder, recordings):
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
     human = copy_recordings(folder, recordings)
     print(f"training: {len(pictures)} pictures of {len(scans) - HELD_OUT_SCANS} scans, "
-          f"{len(sounds)} sounds in {len(training)} voices; held out: {HELD_OUT_SCANS} scans, "
+          f"{len(sounds)} sounds in {len(set(training))} voices; held out: {HELD_OUT_SCANS} scans, "
           f"{len(held_out_sounds)} sounds in {len(testing)} voices; human: {', '.join(human) or 'none'}")
 
 
