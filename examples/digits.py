@@ -51,6 +51,7 @@ LANGUAGES = {
     "it": (60, ("it",), ()),
     "ru": (150, ("ru",), ("ru-lv",)),
     "uk": (40, ("uk", "be", "bg"), ()),
+    "pap": (60, ("pap",), ()),
 }
 DRAWN = (("English (Scotland)", "en-gb-scotland"), ("Spanish (Latin America)", "es-419"),
          ("Russian (Latvia)", "ru-lv"))

@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import math
+import re
 import struct
 import warnings
 from contextlib import suppress
@@ -80,10 +81,10 @@ def check_size(width, height, limit=MAX_PIXELS):
             f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
-def open_picture(item, limit=MAX_PIXELS):
+def open_picture(item, limit=MAX_PIXELS, whole=False):
     """A Pillow picture of a file, of a Pillow picture or of numbers, decoded after its size was checked.
 
-    A larger JPEG, as phones make them, is decoded at half its width and height.
+    A larger JPEG, as phones make them, is decoded at half its width and height unless whole is asked for.
     """
     if not isinstance(item, FILE):
         picture = item if isinstance(item, Image.Image) else picture_of(item)
@@ -95,7 +96,8 @@ def open_picture(item, limit=MAX_PIXELS):
         raise DataError(f"not a picture, or damaged ({', '.join(PICTURES)} are read)") from None
     width, height = picture.size
     # a progressive JPEG is held in memory whole before it is made smaller
-    if picture.format == "JPEG" and width * height > limit and "progressive" not in picture.info:
+    large = width * height > limit and picture.format in ("JPEG", "MPO")
+    if large and not whole and "progressive" not in picture.info:
         picture.draft(None, (width // 2, height // 2))
     check_size(*picture.size, limit)
     picture.load()
@@ -122,12 +124,12 @@ def read_npy(content):
 # Image and video
 
 
-def read_image(item):
+def read_image(item, whole=False):
     """Picture -> (H, W, 3) uint8: upright, on white where it is transparent, 16 bits as 256 levels.
 
     The original ImageBind reads these otherwise: as they lie, without transparency, and cut off at white.
     """
-    picture = upright(open_picture(item))
+    picture = upright(open_picture(item, whole=whole))
     width, height = picture.size
     x = np.empty((height, width, 3), np.uint8)
     rows = 1 + 2**22 // max(1, width)
@@ -148,17 +150,19 @@ def to_rgb(picture):
     if picture.mode[0] in "IF":  # grey of 16 bits, or of numbers
         return Image.fromarray(to_levels(np.asarray(picture))).convert("RGB")
     if picture.mode.endswith(("A", "a")) or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGB", picture.size, "white")
-        ground.paste(picture, mask=picture.getchannel("A"))
-        return ground
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
     return picture.convert("RGB")
 
 
 def to_levels(x):
-    """Numbers of a picture -> 256 levels, uint8: floats are 0..1, integers 16 bits unless they are uint8."""
-    if x.dtype == np.uint8:
-        return x
+    """Numbers of a picture -> 256 levels, uint8: floats are 0..1, integers 16 bits.
+
+    Those of 8 bits, and colours up to 255, are levels already.
+    """
+    x = x * np.uint8(255) if x.dtype.kind == "b" else x
+    if x.dtype == np.uint8 or (x.ndim > 2 and x.dtype.kind in "iu" and x.max() < 256):
+        return x.astype(np.uint8)
     if x.dtype.kind == "f":
         require(x.min() >= 0 and x.max() <= 1, "a picture of floats holds 0 to 1; these are not")
         return np.round(x * 255).astype(np.uint8)
@@ -199,9 +203,9 @@ class Frames(Video):
     """Frames in memory as a video: (T, H, W, 3) or (T, 3, H, W), uint8 or floats of 0 to 1, or pictures."""
 
     def __init__(self, x, fps):
-        x = to_levels(np.stack([np.asarray(frame) for frame in x]))
-        if x.ndim == 4 and x.shape[3] == 3:
-            x = np.moveaxis(x, 3, 1)
+        x = [np.asarray(to_rgb(frame) if isinstance(frame, Image.Image) else frame) for frame in x]
+        x = to_levels(np.stack(x))
+        x = np.moveaxis(x, 3, 1) if x.ndim == 4 and x.shape[3] == 3 else x
         require(x.ndim == 4 and x.shape[1] == 3 and 0 < (fps or 0) < math.inf,
                 f"frames are (T, H, W, 3) with fps above 0, not {x.shape} with fps={fps}")
         check_size(x.shape[3], x.shape[2], MAX_FRAME)
@@ -237,12 +241,12 @@ def read_text(text):
 def read_caption(content):
     """The text in the bytes of a .txt, or of the .json that img2dataset and CLAP write. Raises DataError."""
     text = content.decode("utf-8-sig")
-    if text.lstrip().startswith("{"):
-        with suppress(ValueError, RecursionError):  # a caption may begin so, too
-            facts = json.loads(text)
-            text = facts.get("caption") or facts.get("text") or ""
-    text = text[0] if isinstance(text, list) else text  # CLAP's, several of one sound
-    text = str(text).encode(errors="replace").decode()  # JSON may hold half a character
+    if re.match(r'\s*{\s*["}]', text):
+        facts = json.loads(text)
+        text = facts.get("caption") or facts.get("text") or ""
+    text = next(filter(None, text), "") if isinstance(text, list) else text  # CLAP's, several of one sound
+    require(isinstance(text, str), "a caption that is no text")
+    text = text.encode(errors="replace").decode()  # JSON may hold half a character
     require(text.strip(), "an empty text")
     return read_text(text[:MAX_TEXT])
 
@@ -296,7 +300,7 @@ def read_part(sound, start, seconds):
 def open_samples(x, rate):
     """Samples in memory opened for read_part; integers are brought to -1..1 by what they can hold."""
     x = np.atleast_2d(np.asarray(x))
-    require(rate and x.ndim == 2 and x.dtype.kind in "iuf",
+    require(rate and x.ndim == 2 and x.dtype.kind in "iuf" and (x.dtype.kind == "f" or x.itemsize < 8),
             f"samples are (channels, T), with their rate in Hz, not {x.shape} with rate={rate}")
     x = x.T if len(x) > x.shape[1] else x
     wave = torch.from_numpy(x.astype(np.float32))
@@ -404,8 +408,9 @@ def open_compressed(item):
 
     def samples(begin, end):
         early = max(0, begin - rate)  # a second for the decoder to get into its stride
-        wave = decoder.get_samples_played_in_range(origin + early / rate, origin + end / rate).data
-        return wave[:, begin - early :].float()
+        found = decoder.get_samples_played_in_range(origin + early / rate, origin + end / rate)
+        early = round((found.pts_seconds - origin) * rate)  # where it really begins
+        return found.data[:, max(0, begin - early) : end - early].float()
 
     duration = metadata.duration_seconds or decoder.get_all_samples().duration_seconds
     return rate, metadata.num_channels, duration, samples
@@ -513,8 +518,7 @@ def read_thermal(item, low=None, high=None):
         if picture.mode == "F" and x.min() >= 0 and x.max() <= 1:
             return x
         low, high = np.percentile(x, (1, 99))
-        if low == high:
-            low, high = x.min(), x.max()
+        low, high = (x.min(), x.max()) if low == high else (low, high)
         if low == high:  # of one temperature
             return np.full_like(x, 0.5)
     require(None not in (low, high) and low < high, f"from {low} to {high}: say both, the lower first")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data import Samples, cached_view, load_batches
 from files.checkpoints import read_checkpoint, save_atomic, weights_digest
-from files.errors import DataError
+from files.errors import require
 from loss import processes, rank
 from model import ImageBind, encoder_of
 from runtime.cli import RunError
@@ -43,8 +43,7 @@ class Cache:
             self.opened[part] = read_checkpoint(self.path(part), mmap=True)
         kept = self.opened[part]  # indices (n,), embeddings (n, views, E)
         z = kept["embeddings"][torch.searchsorted(kept["indices"], index), number]
-        if z.isnan().any():
-            raise DataError(f"its {self.modality} could not be read when its embedding was made")
+        require(not z.isnan().any(), f"its {self.modality} could not be read when its embedding was made")
         return z.clone()
 
 

@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 
 from clip_weights import load_pretrained
-from files.errors import DataError
+from files.errors import DataError, require
 from loss import MAX_LOGIT_SCALE
 from model import MODALITIES
 
-
-class UsageError(Exception):
-    """Wrong use: one line that says what is wrong and what to do; exit status 2."""
+# Wrong use is said as what is wrong with a file: one line, exit status 2
+UsageError = DataError
 
 
 class RunError(Exception):
@@ -39,14 +38,14 @@ def run_main(main):
     """Calls a command line's main; what goes wrong becomes one line and the exit status."""
     try:
         main()
-    except (UsageError, DataError, RunError, OSError, MemoryError) as error:
+    except (DataError, RunError, OSError, MemoryError) as error:
         reason = error
         if isinstance(error, OSError):
             reason = f"{error.strerror or error} {error.filename or ''}"
         elif isinstance(error, MemoryError):
             reason = f"not enough memory: {error}"
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (UsageError, DataError)) else 1)
+        sys.exit(2 if isinstance(error, DataError) else 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -87,10 +86,10 @@ def parse_pairs(text):
     """ "image-audio,image-depth" -> [("image", "audio"), ("image", "depth")]. Raises UsageError."""
     pairs = [tuple(name.split("-")) for name in text.split(",")]
     for pair in pairs:
-        if len(set(pair)) != 2 or len(pair) != 2 or not set(pair) <= set(MODALITIES):
-            raise UsageError(f"--pair {'-'.join(pair)}: two different ones of {', '.join(MODALITIES)}")
-    if len(set(map(frozenset, pairs))) < len(pairs):
-        raise UsageError(f"--pair {text}: names a pair twice; for longer training set --epochs")
+        right = len(pair) == len(set(pair)) == 2 and set(pair) <= set(MODALITIES)
+        require(right, f"--pair {'-'.join(pair)}: two different ones of {', '.join(MODALITIES)}")
+    twice = len(set(map(frozenset, pairs))) < len(pairs)
+    require(not twice, f"--pair {text}: names a pair twice; for longer training set --epochs")
     return pairs
 
 
@@ -158,8 +157,7 @@ def choose_amp(name, device):
 
 def add_checkpoint(add):
     """Adds the options that say which model: those of load_model."""
-    add("--checkpoint", type=filled, help="a run's folder or model.pt (default: the newest run), a CLIP or "
-        "ImageBind file, or ViT-B-32, ViT-B-16, ViT-L-14, imagebind_huge to download")
+    add("--checkpoint", type=filled, help="a run, a file or a name, as --clip takes; default: newest run")
     add("--heads", type=parse_heads, help="attention heads where no file says: image=16,text=12")
     add("--activation", choices=("gelu", "quick_gelu"), help="of a CLIP where no file says")
 
@@ -178,8 +176,6 @@ def load_model(name, heads=None, activation=None):
 
 def newest_run():
     """The model.pt below runs/ that was written last; the toy anchor's only where there is no other."""
-    found = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
-    found = [path for path in found if path.parent.name != "toy-anchor"] or found
-    if not found:
-        raise UsageError("no run below runs/; train one, or name a --checkpoint")
-    return found[-1]
+    found = list(Path("runs").glob("*/model.pt"))
+    require(found, "no run below runs/; train one, or name a --checkpoint")
+    return max(found, key=lambda path: (path.parent.name != "toy-anchor", path.stat().st_mtime))

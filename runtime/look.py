@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -13,9 +14,9 @@ from model import preset
 from runtime.cli import run_main
 from sources import DATASETS, open_data
 
-# Where the median of a modality's tensors lies when its units are those that the encoder is trained on
+# Where the median of a modality's tensors (of IMU, all but the ends) lies when its units are the encoder's
 USUAL = {"image": (-1.9, 2.1), "video": (-1.9, 2.1), "audio": (-1.3, 1.2), "depth": (-1.2, 1.5),
-         "thermal": (0.02, 0.98), "imu": (-15.0, 15.0)}
+         "thermal": (0.02, 0.98), "imu": (-40.0, 40.0)}
 # What the size of a plain form is
 UNIT = dict.fromkeys(USUAL, "height x width") | {"imu": "channels x steps", "text": "characters"}
 UNIT |= {"audio": "seconds", "video": "seconds"}
@@ -39,8 +40,7 @@ def show_source(spec):
         show_split(source, split)
     if len(failed) == len(splits):
         raise failed[-1]
-    print(*failed)
-    print(command_for(spec, source.columns))
+    print(*failed, command_for(spec, source), sep="\n")
 
 
 def show_split(source, split):
@@ -66,14 +66,18 @@ def show_split(source, split):
 def show_files(source, modality, firsts, most=2000):
     """Prints how many files are not there, and how many hold what another holds, by size and beginning."""
     absent, copies, known = [], [], {}
-    paths = [source.file_of(index, modality) for index in firsts[:: len(firsts) // most + 1]]
-    for path in filter(None, paths):
-        if not path.is_file():
-            absent.append(path)
-            continue
-        with open(path, "rb") as file:
-            first = known.setdefault((path.stat().st_size, hash(file.read(2**16))), path)
-        copies += [f"{path}, which equals {first}"] * (first != path)
+    for index in some(firsts, most):
+        with suppress(DataError, OSError):  # show_units says what cannot be read
+            path = source.file_of(index, modality)
+            if path is None or not path.is_file():
+                absent += filter(None, [path])
+                continue
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                start = file.read(2**16)
+                file.seek(max(0, size - 2**16))
+                first = known.setdefault((size, hash(start + file.read())), path)
+            copies += [f"{path}, which equals {first}"] * (first != path)
     for found, what in ((absent, "absent"), (copies, "copies of others")):
         print(f"    {len(found)} files are {what}, such as {found[0]}\n" if found else "", end="")
 
@@ -81,7 +85,7 @@ def show_files(source, modality, firsts, most=2000):
 def show_units(source, modality, firsts, most=32):
     """Prints sizes, why items cannot be read, and percentiles of tensors, with a warning of odd units."""
     sizes, numbers, reasons = [], [], {}
-    for index in firsts[:: len(firsts) // most + 1]:
+    for index in some(firsts, most):
         try:
             with errors_named(source.name(index)):
                 x = source.read(index, modality)
@@ -93,11 +97,10 @@ def show_units(source, modality, firsts, most=32):
             # Alike but for their numbers they are one reason.
             reasons.setdefault(re.sub(r"\d+", "#", str(error).split(": ")[-1]), []).append(error)
     for found in reasons.values():
-        print(f"    {len(found)} of {len(sizes) + len(found)} cannot be read, the first: {found[0]}")
+        print(f"    {len(found)} of {len(some(firsts, most))} cannot be read, the first: {found[0]}")
     if not sizes:
         return
-    if modality == "audio":
-        sizes = np.array(sizes)[:, 1:] / SAMPLE_RATE
+    sizes = np.array(sizes)[:, 1:] / SAMPLE_RATE if modality == "audio" else sizes
     shown = [" x ".join(f"{n:.4g}" for n in size) for size in np.percentile(sizes, (5, 50, 95), axis=0)]
     print(f"    {UNIT[modality]}: {', '.join(shown)} (5, 50 and 95 % of {len(sizes)})")
     if modality == "text":
@@ -105,18 +108,26 @@ def show_units(source, modality, firsts, most=32):
     at = np.percentile(torch.cat(numbers), (5, 50, 95))
     print(f"    tensor {tuple(tensor.shape)}: {', '.join(f'{n:.4g}' for n in at)}")
     low, high = USUAL[modality]
-    if not low <= at[1] <= high or at[0] == at[2]:
-        print(f"  warning: {modality} is far from what its encoder is trained on (median {low} to {high}, "
-              "not all the same): are its units right? See files/README.md")
+    far = any(not low <= number <= high for number in (at if modality == "imu" else at[1:2]))
+    if far or at[0] == at[2]:
+        print(f"  warning: {modality} is far from what its encoder is trained on ({low} to {high}): "
+              "are its units right? See files/README.md")
 
 
-def command_for(spec, columns):
+def some(firsts, most):
+    """At most so many, evenly spread."""
+    return firsts[:: max(1, -(-len(firsts) // most))]
+
+
+def command_for(spec, source):
     """The command that uses a source: pairs with its pictures, else its videos or texts."""
     spec = shlex.quote(spec)
-    anchors = [m for m in ("image", "video", "text") if m in columns]
-    others = [m for m in columns if m not in anchors] or anchors[-1:]
-    pairs = [f"{anchors[0]}-{m}" for m in others if anchors and m != anchors[0]]
+    anchors = [m for m in ("image", "video", "text") if m in source.columns]
+    others = [m for m in source.columns if m not in anchors] or anchors[-1:]
+    bound = [(anchors[0], m) for m in others if anchors and m != anchors[0]]
+    pairs = ["-".join(pair) for pair in bound if (source.items(*pair)[1] >= 0).any()]
     if not pairs:
-        return f"no pair to train; python evaluate.py zeroshot --modality {columns[0]} --data {spec}"
+        named = f"; python evaluate.py zeroshot --modality {source.columns[0]} --data {spec}"
+        return "no pair to train" + named * bool(source.classes)
     clip = "" if spec == "toy" else " --clip ViT-B-16"
     return f"python train.py --pair {','.join(pairs)} --data {spec}{clip}"

@@ -48,8 +48,7 @@ def show_fewshot(result):
 
 
 def show_arithmetic(result):
-    added = " + ".join(result["add"])
-    print(f"{added}, nearest of {result['items']} items ({left_out_in_words(result)}):")
+    print(f"{' + '.join(result['add'])}, nearest of {result['items']} items ({left_out_in_words(result)}):")
     for item in result["found"]:
         print(f"  {item['similarity']:.3f}  {item['item']}")
 

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Bad
-from files.checkpoints import read_checkpoint, read_json, save_atomic
-from files.errors import errors_named
+from files.checkpoints import errors_of_file, read_checkpoint, read_json, save_atomic
+from files.errors import errors_named, require
 from loss import processes, rank
-from runtime.cli import RunError, UsageError
+from runtime.cli import RunError
 
 LOGS = ("log.jsonl", "bad_items.txt")
 HARMLESS = ("workers", "save_every")  # options that change no number: a resumed run may be given others
@@ -104,13 +104,10 @@ class Run:
         path = self.folder / "state.pt"
         if not path.exists():
             return None
-        try:
+        with errors_of_file(path):
             state = read_checkpoint(path)
-        except Exception as error:
-            raise UsageError(f"{path}: damaged, or not of this program ({type(error).__name__})") from error
-        if not {"model", "sizes", "pair", "has_weights"} <= state.keys():
-            raise UsageError(f"{path}: not of this version of the program; start a new run from its weights: "
-                             f"--init {self.folder}")
+        ours = {"model", "sizes", "pair", "has_weights"} <= state.keys()
+        require(ours, f"{path}: of another version; start a new run from its weights: --init {self.folder}")
         for name in LOGS if self.main else ():
             if (self.folder / name).exists():
                 os.truncate(self.folder / name, state["sizes"].get(name, 0))
@@ -119,9 +116,8 @@ class Run:
     def require_data(self, fingerprint):
         """UsageError if the data are not those that the run was started with."""
         saved = self.read_config().get("data_fingerprint")
-        if saved not in (None, fingerprint):
-            raise UsageError(f"--resume {self.folder}: the data have changed since the run was started; "
-                             f"with them, start a new run from its weights: --init {self.folder}")
+        require(saved in (None, fingerprint), f"--resume {self.folder}: the data have changed; "
+                f"with them, start a new run from its weights: --init {self.folder}")
 
     def of_other_code(self):
         """Whether the run was made by other code or settings than today's."""
@@ -143,14 +139,13 @@ def new_folder(args):
     if rank() == 0:  # rank 0 decides for all: a slower process would already see this folder
         name = "runs/" + args.pair.replace(",", "+")
         names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        if args.out and any(path.is_file() for path in (Path(args.out), *Path(args.out).parents)):
-            raise UsageError(f"--out {args.out}: there is a file where the run's folder would be")
+        blocked = args.out and any(path.is_file() for path in (Path(args.out), *Path(args.out).parents))
+        require(not blocked, f"--out {args.out}: there is a file where the run's folder would be")
         candidates = map(Path, [args.out] if args.out else names)
         found = [next((path for path in candidates if not (path / "config.json").exists()), None)]
     if processes() > 1:
         dist.broadcast_object_list(found)
-    if found[0] is None:
-        raise UsageError(f"--out {args.out} holds a run already: --resume it, or name another folder")
+    require(found[0], f"--out {args.out} holds a run already: --resume it, or name another folder")
     return found[0]
 
 
@@ -160,19 +155,16 @@ def options_of_run(folder, args, parse_args):
     Raises UsageError where there is no run, or one that would write elsewhere, and for other options beside
     --resume, except those that cannot change a result.
     """
-    if not (folder / "config.json").exists():
-        raise UsageError(f"--resume {folder}: no run in this folder (no config.json)")
+    require((folder / "config.json").exists(), f"--resume {folder}: no run in this folder (no config.json)")
     for path in folder.iterdir():
-        if path.is_symlink():
-            raise UsageError(f"--resume {folder}: {path.name} is a link; a run writes in its folder alone")
+        require(not path.is_symlink(), f"--resume {folder}: {path.name} is a link; a run writes here alone")
     config = Run(folder).read_config() | {"resume": args.resume}
     saved = {key: value for key, value in config.items() if hasattr(args, key)}
     args = parse_args(saved=saved)
     for name, value in saved.items():
-        if getattr(args, name) != value and name not in HARMLESS:
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"--resume {folder} takes the run's own options: leave out {option}, "
-                             f"or start a new run from its weights: --init {folder}")
+        kept = getattr(args, name) == value or name in HARMLESS
+        require(kept, f"--resume {folder} takes the run's own options: leave out --{name.replace('_', '-')}, "
+                f"or start a new run from its weights: --init {folder}")
     return args
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from files.decode import DataError
+from files.decode import require
 from sources.manifest import Folder, Table
 from sources.paper import DATASETS, open_dataset
 from sources.shards import Shards, shard_paths
@@ -25,7 +25,6 @@ def open_data(spec, split="train", size=None, allow_outside=False):
         return Shards(shard_paths(spec), size)
     if Path(spec).is_dir():
         return Folder(spec, allow_outside)
-    if not Path(spec).is_file():
-        raise DataError(f"{spec}: no such manifest or folder; --data takes toy, a CSV, a folder, shards "
-                        f"ending in .tar, or NAME:ROOT with NAME one of {', '.join(DATASETS)}")
+    require(Path(spec).is_file(), f"{spec}: no such manifest or folder; --data takes toy, a CSV, a folder, "
+            f"shards ending in .tar, or NAME:ROOT with NAME one of {', '.join(DATASETS)}")
     return Table(spec, allow_outside=allow_outside)

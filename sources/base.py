@@ -18,7 +18,7 @@ ENDINGS = {
     "image": "jpg jpeg png webp bmp gif tif tiff ppm", "text": "txt json", "label": "cls",
     "audio": "wav flac mp3 ogg opus m4a aac", "video": "mp4 webm mkv avi mov m4v mpg",
     "depth": "depth.png depth.npy depth.tif depth.tiff", "imu": "imu.npy imu.csv",
-    "thermal": "thermal.png thermal.jpg thermal.tif thermal.tiff",
+    "thermal": "thermal.png thermal.jpg thermal.jpeg thermal.bmp thermal.tif thermal.tiff",
 }
 COLUMN_OF = {ending: column for column, endings in ENDINGS.items() for ending in endings.split()}
 
@@ -62,6 +62,7 @@ class Source:
 
     def pass_over(self, reason, example):
         """Counts something that is left out by its reason, of which there are few."""
+        reason = reason if reason in self.reasons or len(self.reasons) < 50 else "others passed over"
         self.reasons.setdefault(reason, [0, example])[0] += 1
         self.note = "; ".join(f"{count} {reason}" for reason, (count, _) in self.reasons.items())
 

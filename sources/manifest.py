@@ -60,6 +60,7 @@ class Table(Source):
         self.multi_label = "labels" in self.header
         if classes is not None:
             self.names_by_label = classes  # instead of Source's, which reads every row
+        require(len(set(self.header)) == len(self.header), f"{path}: a column is there twice")
         found = ", ".join(self.header)[:100] or "empty"
         require(self.columns and len(self) > 0, f"{path}: a manifest is a CSV with a header of modalities "
                 f"({', '.join(MODALITIES)}) and at least one row; this header is {found}")
@@ -110,14 +111,17 @@ class Table(Source):
             return self.named(self.cells(index + 1, file))
 
     def rows(self):
-        """Every row in order, from one opening of the file; empty cells for a row that cannot be read."""
+        """Every row in order, from one opening of the file.
+
+        A damaged row seems to have every modality, so that who reads it finds the damage.
+        """
         with self.open_csv() as file:
             lines = (line.decode("latin-1") for line in file)  # see row_offsets
-            for cells in itertools.islice(filter(None, csv.reader(lines)), 1, None):
+            for i, cells in enumerate(itertools.islice(filter(None, csv.reader(lines)), 1, None)):
                 try:
                     yield self.named([c if c.isascii() else c.encode("latin-1").decode() for c in cells])
                 except ValueError:  # DataError and UnicodeDecodeError are ValueErrors
-                    yield dict.fromkeys(self.header, "")
+                    yield {c: f"damaged row {i}" if c in self.columns else "" for c in self.header}
 
     def find_items(self, modalities):
         """As Source says. Rows with equal cells of a modality are of one item, and rows of equal `item`.
@@ -237,6 +241,7 @@ def read_file(modality, path, row):
     columns = [column for column in OPTIONS.get(modality, {}) if row.get(column)]
     options = {OPTIONS[modality][column]: float(row[column]) for column in columns}  # of the reader
     if modality in ("image", "thermal", "depth"):
+        options |= {"whole": True} if modality == "image" and row.get("box") else {}  # whose pixels it counts
         x = READERS[modality](path, **options)
         return cut_box(x, row["box"]) if row.get("box") else x
     if not row.get("start"):  # `seconds` alone is only a fact about the file
@@ -343,17 +348,26 @@ class Folder(Table):
 
     def samples_below(self, root):
         """{stem: row} of the samples; files that belong to none are counted in `reasons`."""
-        samples = {}
+        samples, seen = {}, set()
         for place, folders, names in os.walk(root, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(name for name in names if not name.startswith(".")):
+            if os.path.realpath(place) in seen:  # links may lead in a circle
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(place))
+            # a .txt goes before a .json, which img2dataset puts beside it
+            for name in sorted(names, key=lambda name: (name.endswith(".json"), name)):
                 path = Path(place, name).relative_to(root).as_posix()
-                stem, ending = split_ending(path)
+                stem, ending = split_ending(name)
+                stem = path[: len(path) - len(name) + len(stem)]
                 column = COLUMN_OF.get(ending)
-                if column and samples.setdefault(stem, {}).setdefault(column, path) == path:
+                if name.startswith(".") or (ending == "json" and column in samples.get(stem, {})):
                     continue
-                kind = f"as a second {column}" if column else f"ending .{ending}"
-                self.pass_over(f"files {kind} passed over", path)
+                if path != path.strip() or path.encode(errors="ignore").decode() != path:
+                    self.pass_over("files whose names no table holds passed over", ascii(path))
+                elif not column or samples.setdefault(stem, {}).setdefault(column, path) != path:
+                    kind = f"as a second {column}" if column else f"ending .{ending}"
+                    self.pass_over(f"files {kind} passed over", path)
         for stem, row in list(samples.items()):
             if not row.keys() - {"text", "label"}:  # a README is no sample
                 self.pass_over("texts without another file passed over", stem)
@@ -362,16 +376,16 @@ class Folder(Table):
                 row.setdefault("audio", row["video"])
             for column in row.keys() & {"text", "label"}:
                 path, row[column] = row[column], ""
-                with suppress(ValueError):
+                with suppress(ValueError, OSError):
                     row[column] = read_caption(read_bytes(root / path))
                 if not row[column]:
                     self.pass_over(f"files of {column} cannot be read", path)
         return samples
 
 
-def split_ending(path):
-    """A path's stem and ending, which may have two parts: a/dog.old.depth.png -> a/dog.old, depth.png."""
-    stem, _, ending = path.rpartition(".")
+def split_ending(name):
+    """A file's stem and ending, which may have two parts: dog.old.depth.png -> dog.old, depth.png."""
+    stem, _, ending = name.rpartition(".")
     front, _, second = stem.rpartition(".")
     double = f"{second}.{ending}".lower()
     return (front, double) if double in COLUMN_OF else (stem, ending.lower())

@@ -66,15 +66,12 @@ def find(root, *names, columns=(), optional=False):
     for name, above in itertools.product(names, ("", "*/", "*/*/")):
         places = sorted(root.glob(above + name))
         fit = [place for place in places if not columns or columns <= set(next(lines_of(place), ()))]
-        if len(fit) > 1:
-            raise DataError(f"no telling which {name} is meant: {fit[0].parent} and {fit[1].parent} have one")
+        require(len(fit) < 2, f"no telling which {name} is meant: {', '.join(str(x.parent) for x in fit)}")
         if fit:
             return fit[0]
         unfit += places
-    if unfit and not optional:
-        raise DataError(f"no column {' or '.join(sorted(columns))} in {unfit[0].name}: it is another list")
-    if not optional:
-        raise DataError(f"no {' or '.join(names)} in it or up to two folders below it")
+    wanted = f"column {' or '.join(sorted(columns))} in {unfit[0].name}" if unfit else " or ".join(names)
+    require(optional, f"no {wanted}" + (": it is another list" if unfit else " in it or two folders below"))
 
 
 def by_id(stem):
@@ -155,17 +152,15 @@ def clips_of(path):
     padded = (cells + [""] * (4 - len(cells)) for cells in lines_of(path))
     clips = itertools.dropwhile(lambda cells: math.isnan(number(cells[1])), padded)
     first = next(clips, None)
-    if first is None:
-        raise DataError(f"no clip in {path.name}")
+    require(first is not None, f"no clip in {path.name}")
     return itertools.chain([first], clips)
 
 
 def number(cell):
     """A cell as a float, nan where it is none."""
-    try:
+    with suppress(TypeError, ValueError):
         return float(cell)
-    except (TypeError, ValueError):
-        return math.nan
+    return math.nan
 
 
 def json_of(path, key):
