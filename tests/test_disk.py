@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import subprocess
 import tarfile
 import wave
 
@@ -200,3 +202,64 @@ def test_an_imu_table_names_the_line_that_is_not_whole(tmp_path):
             data.load("imu", path)
         path.write_text("\n".join([*lines, "", ""]))
         assert data.load("imu", path).shape == (6, 2000)
+
+
+# What a field test found
+
+
+def test_a_damaged_row_is_drawn_and_named_not_absent(tmp_path):
+    write(tmp_path, {"a.png": picture("PNG"),
+                     "m.csv": "image,text\n" + "a.png,fine\n" + "a.png,a dog, barking\n" * 2})
+    source = open_data(str(tmp_path / "m.csv"))
+    assert (source.items("image", "text")[1] >= 0).all()
+    samples = data.Samples(source, {"image": data.preset("tiny", "image")})
+    assert [isinstance(samples[i], data.Bad) for i in range(3)] == [False, True, True]
+    assert "m.csv:2: 3 cells under 2 columns" in samples[1].reason
+    with pytest.raises(DataError, match="a column is there twice"):
+        open_data(write(tmp_path, {"twice.csv": "image,text,text\na.png,a,b\n"}) + "/twice.csv")
+
+
+def test_whole_numbers_of_colours_are_levels_and_64_bits_are_no_sound():
+    assert np.array_equal(read_image(PICTURE.astype(np.int64)), PICTURE)
+    assert np.array_equal(read_image(torch.from_numpy(PICTURE).permute(2, 0, 1).int()), PICTURE)
+    assert read_image(np.ones((4, 4, 3), bool)).min() == 255
+    assert np.array_equal(read_image(PICTURE.astype(np.uint16) * 257), PICTURE)
+    with pytest.raises(DataError, match="rate"):
+        data.load("audio", WAVE.astype(np.int64), rate=16000)
+
+
+def test_a_box_counts_the_pixels_of_the_whole_picture(tmp_path):
+    large = np.zeros((7100, 9000), np.uint8)
+    write(tmp_path, {"a.jpg": picture("JPEG", large), "m.csv": "image,box\na.jpg,0 0 10 10\n"})
+    with pytest.raises(DataError, match="more than 50,000,000"):
+        open_data(str(tmp_path / "m.csv")).read(0, "image")
+
+
+def test_links_in_a_circle_and_many_endings_end(tmp_path):
+    write(tmp_path, {"a/1.jpg": picture(), **{f"b/f.{i}": "x" for i in range(200)}})
+    (tmp_path / "a/back").symlink_to("..")
+    source = open_data(str(tmp_path))
+    assert len(source) == 1 and len(source.reasons) < 60
+    assert sum(count for count, _ in source.reasons.values()) == 200
+
+
+def test_of_a_txt_and_a_json_the_txt_is_the_caption(tmp_path):
+    source = open_data(write(tmp_path, {
+        "1.jpg": picture(), "1.txt": "txt", "1.json": '{"width": 3}', "2.jpg": picture(),
+        "2.json": '{"text": ["", "second"]}', "3.jpg": picture(), "3.json": '{"caption": "cut o'}))
+    assert [row["text"] for row in source.rows()] == ["txt", "second", ""]
+    assert source.reasons == {"files of text cannot be read": [1, "3.json"]}
+
+
+@pytest.mark.parametrize("ending", ["flac", "mp3", "m4a", "ogg"])
+def test_a_clip_of_a_compressed_sound_is_the_same_part_of_the_whole(tmp_path, ending):
+    if not shutil.which("ffmpeg"):
+        pytest.skip("needs FFmpeg")
+    path = tmp_path / f"a.{ending}"
+    chirp = "aevalsrc=sin(2*PI*(100+100*t)*t)*0.5:s=48000:d=9"
+    subprocess.run(["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", chirp, str(path)], check=True)
+    read = data.READERS["audio"]
+    whole, clip = read(path), read(path, start=4, seconds=2)
+    assert clip.shape[1] == 32000
+    distance = [(whole[0, 64000 + by : 96000 + by] - clip[0]).abs().mean() for by in range(-400, 400, 4)]
+    assert np.argmin(distance) == 100 and min(distance) < 0.01
