@@ -42,7 +42,8 @@ CAPTIONS = ("{}.", "a {}.", "the digit {}.", "a handwritten {}.", "a picture of 
             "you can see {}.", "{} on white paper.")
 # Languages; of each, how many voices to train with, their accents (espeak-ng's), and accents held out.
 # espeak-ng says the digits alike in all its accents of French, and has one accent of Italian. Russian has one
-# to train with, so its relatives stand in: uk is Ukrainian, Belarusian and Bulgarian.
+# to train with, so its relatives stand in: uk is Ukrainian, Belarusian and Bulgarian. Papiamento says its
+# zero with an s, as Latin America does and Spain does not.
 LANGUAGES = {
     "en": (200, ("en-us", "en-us-nyc", "en-gb", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd"),
            ("en-gb-scotland", "en-029")),
