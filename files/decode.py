@@ -177,10 +177,9 @@ class Video:
     def __init__(self, item):
         source = item if isinstance(item, bytes) else str(plain_file(item))
         self.decoder = import_torchcodec().decoders.VideoDecoder(source)
-        metadata = self.decoder.metadata
-        check_size(metadata.width, metadata.height, MAX_FRAME)
-        self.fps, self.begin = metadata.average_fps, metadata.begin_stream_seconds
-        self.count = len(self.decoder)
+        about = self.decoder.metadata
+        check_size(about.width, about.height, MAX_FRAME)
+        self.fps, self.begin, self.count = about.average_fps, about.begin_stream_seconds, len(self.decoder)
         require(self.count and self.fps, "no frames in it")
 
     def frames(self, indices):

@@ -139,6 +139,9 @@ class ToyWorld(Source):
         """The concept of the leftmost object: where classes count, there is only one."""
         return self.concepts(index)[:1]
 
+    def require_pair(self, pair):
+        """Every sample has every modality."""
+
     def read(self, index, modality):
         return getattr(self, f"render_{modality}")(self.scene(index), self.rng(index, stream_of(modality)))
 
