@@ -90,17 +90,18 @@ def open_picture(item, limit=MAX_PIXELS, whole=False):
         picture = item if isinstance(item, Image.Image) else picture_of(item)
         check_size(*picture.size, limit)
         return picture.copy()  # it will be turned upright
+    content = io.BytesIO(read_bytes(item))
     try:
-        picture = Image.open(io.BytesIO(read_bytes(item)), formats=PICTURES)
+        picture = Image.open(content, formats=PICTURES)
     except UnidentifiedImageError:
         raise DataError(f"not a picture, or damaged ({', '.join(PICTURES)} are read)") from None
-    width, height = picture.size
     # a progressive JPEG is held in memory whole before it is made smaller
-    large = width * height > limit and picture.format in ("JPEG", "MPO")
+    large = picture.width * picture.height > limit and picture.format in ("JPEG", "MPO")
     if large and not whole and "progressive" not in picture.info:
-        picture.draft(None, (width // 2, height // 2))
+        picture.draft(None, (picture.width // 2, picture.height // 2))
     check_size(*picture.size, limit)
     picture.load()
+    content.close()  # the file is out of memory then
     return picture
 
 

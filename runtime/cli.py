@@ -39,11 +39,9 @@ def run_main(main):
     try:
         main()
     except (DataError, RunError, OSError, MemoryError) as error:
-        reason = error
+        reason = str(error) or type(error).__name__
         if isinstance(error, OSError):
             reason = f"{error.strerror or error} {error.filename or ''}"
-        elif isinstance(error, MemoryError):
-            reason = f"not enough memory: {error}"
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         sys.exit(2 if isinstance(error, DataError) else 1)
 

@@ -54,23 +54,26 @@ def show_split(source, split):
         print(f"  published: {source.published[0]} items, {source.published[1] or 'no'} classes")
     for reason, (count, example) in source.reasons.items():
         print(f"  {count} {reason}, such as {example}")
-    print("  a sample:", {key: value[:80] for key, value in source.row(int(indices[0])).items() if value})
+    with suppress(DataError):
+        print("  a sample:", {key: cell[:80] for key, cell in source.row(int(indices[0])).items() if cell})
     for modality in source.columns:
         indices, items = source.items(modality)
         firsts = indices[indices == items].tolist()  # one of each item
         print(f"  {modality}: in {(items >= 0).sum()} rows, {len(firsts)} different")
-        show_files(source, modality, firsts)
-        show_units(source, modality, firsts)
+        show_files(source, modality, some(firsts, 2000))
+        show_units(source, modality, some(firsts, 32))
 
 
-def show_files(source, modality, firsts, most=2000):
-    """Prints how many files are not there, and how many hold what another holds, by size and beginning."""
+def show_files(source, modality, indices):
+    """Prints how many files are not there, and how many are others' copies, by size, beginning and end."""
     absent, copies, known = [], [], {}
-    for index in some(firsts, most):
+    for index in indices:
         with suppress(DataError, OSError):  # show_units says what cannot be read
             path = source.file_of(index, modality)
-            if path is None or not path.is_file():
-                absent += filter(None, [path])
+            if path is None:
+                return
+            if not path.is_file():
+                absent.append(path)
                 continue
             size = path.stat().st_size
             with open(path, "rb") as file:
@@ -79,13 +82,14 @@ def show_files(source, modality, firsts, most=2000):
                 first = known.setdefault((size, hash(start + file.read())), path)
             copies += [f"{path}, which equals {first}"] * (first != path)
     for found, what in ((absent, "absent"), (copies, "copies of others")):
-        print(f"    {len(found)} files are {what}, such as {found[0]}\n" if found else "", end="")
+        if found:
+            print(f"    {len(found)} files are {what}, such as {found[0]}")
 
 
-def show_units(source, modality, firsts, most=32):
+def show_units(source, modality, indices):
     """Prints sizes, why items cannot be read, and percentiles of tensors, with a warning of odd units."""
     sizes, numbers, reasons = [], [], {}
-    for index in some(firsts, most):
+    for index in indices:
         try:
             with errors_named(source.name(index)):
                 x = source.read(index, modality)
@@ -97,21 +101,19 @@ def show_units(source, modality, firsts, most=32):
             # Alike but for their numbers they are one reason.
             reasons.setdefault(re.sub(r"\d+", "#", str(error).split(": ")[-1]), []).append(error)
     for found in reasons.values():
-        print(f"    {len(found)} of {len(some(firsts, most))} cannot be read, the first: {found[0]}")
-    if not sizes:
-        return
-    sizes = np.array(sizes)[:, 1:] / SAMPLE_RATE if modality == "audio" else sizes
-    shown = [" x ".join(f"{n:.4g}" for n in size) for size in np.percentile(sizes, (5, 50, 95), axis=0)]
-    print(f"    {UNIT[modality]}: {', '.join(shown)} (5, 50 and 95 % of {len(sizes)})")
-    if modality == "text":
-        return
-    at = np.percentile(torch.cat(numbers), (5, 50, 95))
-    print(f"    tensor {tuple(tensor.shape)}: {', '.join(f'{n:.4g}' for n in at)}")
-    low, high = USUAL[modality]
-    far = any(not low <= number <= high for number in (at if modality == "imu" else at[1:2]))
-    if far or at[0] == at[2]:
-        print(f"  warning: {modality} is far from what its encoder is trained on ({low} to {high}): "
-              "are its units right? See files/README.md")
+        print(f"    {len(found)} of {len(indices)} cannot be read, the first: {found[0]}")
+    if sizes:
+        sizes = np.array(sizes)[:, 1:] / SAMPLE_RATE if modality == "audio" else sizes
+        shown = [" x ".join(f"{n:.4g}" for n in size) for size in np.percentile(sizes, (5, 50, 95), axis=0)]
+        print(f"    {UNIT[modality]}: {', '.join(shown)} (5, 50 and 95 % of {len(sizes)})")
+    if numbers:
+        at = np.percentile(torch.cat(numbers), (5, 50, 95))
+        print(f"    tensor {tuple(tensor.shape)}: {', '.join(f'{n:.4g}' for n in at)}")
+        low, high = USUAL[modality]
+        far = any(not low <= number <= high for number in (at if modality == "imu" else at[1:2]))
+        if far or at[0] == at[2]:
+            print(f"  warning: {modality} is far from what its encoder is trained on ({low} to {high}): "
+                  "are its units right? See files/README.md")
 
 
 def some(firsts, most):

@@ -88,9 +88,6 @@ CAPTIONS = [f"{opening} {mood}{{}}{place}"  # the concept's name goes into the b
 
 # One object of a scene; place and radius in fractions of the picture
 Thing = namedtuple("Thing", "concept x y radius angle")
-SCENE = 0  # number of the random stream that decides what a sample shows
-
-
 def stream_of(modality):
     """Number of the stream that a modality is rendered from: the order of MODALITIES changes no sample."""
     return zlib.crc32(modality.encode())
@@ -150,7 +147,7 @@ class ToyWorld(Source):
 
     def scene(self, index):
         """The objects of a sample, left to right."""
-        rng = self.rng(index, SCENE)
+        rng = self.rng(index, 0)  # the random stream that decides what a sample shows
         concepts = [index % len(CONCEPTS) if self.split == "test" else int(rng.integers(len(CONCEPTS)))]
         places = []  # (x, y, radius)
         if rng.random() >= self.crowded:
