@@ -50,6 +50,5 @@ def move(picture, a, b, x, c, d, y):
     W, H = picture.size
     x = W * (x + (1 - a) / 2) - H * b / 2
     y = H * (y + (1 - d) / 2) - W * c / 2
-    outside = nan if picture.mode == "F" else (124, 116, 104)
-    return picture.transform((W, H), Image.Transform.AFFINE, (a, b, x, c, d, y),
-                             Image.Resampling.BILINEAR, fillcolor=outside)
+    return picture.transform((W, H), Image.Transform.AFFINE, (a, b, x, c, d, y), Image.Resampling.BILINEAR,
+                             fillcolor=nan if picture.mode == "F" else (124, 116, 104))

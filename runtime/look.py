@@ -17,9 +17,8 @@ from sources import DATASETS, open_data
 # Where the median of a modality's tensors (of IMU, all but the ends) lies when its units are the encoder's
 USUAL = {"image": (-1.9, 2.1), "video": (-1.9, 2.1), "audio": (-1.3, 1.2), "depth": (-1.2, 1.5),
          "thermal": (0.02, 0.98), "imu": (-40.0, 40.0)}
-# What the size of a plain form is
-UNIT = dict.fromkeys(USUAL, "height x width") | {"imu": "channels x steps", "text": "characters"}
-UNIT |= {"audio": "seconds", "video": "seconds"}
+# What the size of a plain form is, where it is not pixels, height x width
+UNIT = {"imu": "channels x steps", "text": "characters", "audio": "seconds", "video": "seconds"}
 
 
 def main():
@@ -105,7 +104,7 @@ def show_units(source, modality, indices):
     if sizes:
         sizes = np.array(sizes)[:, 1:] / SAMPLE_RATE if modality == "audio" else sizes
         shown = [" x ".join(f"{n:.4g}" for n in size) for size in np.percentile(sizes, (5, 50, 95), axis=0)]
-        print(f"    {UNIT[modality]}: {', '.join(shown)} (5, 50 and 95 % of {len(sizes)})")
+        print(f"    {UNIT.get(modality, 'pixels')}: {', '.join(shown)} (5, 50 and 95 % of {len(sizes)})")
     if numbers:
         at = np.percentile(torch.cat(numbers), (5, 50, 95))
         print(f"    tensor {tuple(tensor.shape)}: {', '.join(f'{n:.4g}' for n in at)}")

@@ -139,8 +139,9 @@ def new_folder(args):
     if rank() == 0:  # rank 0 decides for all: a slower process would already see this folder
         name = "runs/" + args.pair.replace(",", "+")
         names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        blocked = args.out and any(path.is_file() for path in (Path(args.out), *Path(args.out).parents))
-        require(not blocked, f"--out {args.out}: there is a file where the run's folder would be")
+        place = Path(args.out or "runs", "x").absolute()
+        there = next(path for path in place.parents if path.exists())  # a file has no "." in it
+        require(os.access(f"{there}/.", os.W_OK), f"--out {args.out}: {there} cannot be written in")
         candidates = map(Path, [args.out] if args.out else names)
         found = [next((path for path in candidates if not (path / "config.json").exists()), None)]
     if processes() > 1:

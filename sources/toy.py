@@ -24,7 +24,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from files.decode import SAMPLE_RATE, Frames, to_disparity
+from files.decode import SAMPLE_RATE, Frames, require, to_disparity
 from model import MODALITIES
 from sources.base import Source
 
@@ -109,6 +109,7 @@ class ToyWorld(Source):
     canvas = 40  # pixels; an encoder sees 32
 
     def __init__(self, split="train", size=20000, seed=0, crowded=None):
+        require(size <= 10_000_000, f"{size:,} samples of the toy world; it has at most 10,000,000")
         self.split, self.size, self.seed = split, size, seed
         # evaluation asks for one class an item
         self.crowded = 0.3 * (split == "train") if crowded is None else crowded
