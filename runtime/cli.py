@@ -113,7 +113,7 @@ def parse_temperature(text):
 
 def output_file(text):
     """The path of a file that can be written, known before the work whose result it takes."""
-    if not text or Path(text).is_dir() or not os.access(Path(text).absolute().parent, os.W_OK):
+    if not text or Path(text).is_dir() or not os.access(f"{Path(text).absolute().parent}/.", os.W_OK):
         raise argparse.ArgumentTypeError(f"{text}: not a file in a folder where one can be written")
     return text
 

@@ -109,7 +109,7 @@ class ToyWorld(Source):
     canvas = 40  # pixels; an encoder sees 32
 
     def __init__(self, split="train", size=20000, seed=0, crowded=None):
-        require(size <= 10_000_000, f"{size:,} samples of the toy world; it has at most 10,000,000")
+        require(size <= 10_000_000, f"{size:,} samples (--samples, --shots): the toy world has 10,000,000")
         self.split, self.size, self.seed = split, size, seed
         # evaluation asks for one class an item
         self.crowded = 0.3 * (split == "train") if crowded is None else crowded
