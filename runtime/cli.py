@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         for word in sys.argv[1:]:
-            if word.startswith("-") and not word.startswith("--") and "." in word:  # a file's name
+            if word[:1] == "-" and word[:2] != "--" and Path(word).suffix[1:2].isalpha():  # a file's name
                 message += f"; a name that begins with - is written ./{word}"
         raise UsageError(message)
 
