@@ -362,7 +362,8 @@ def wav_chunks(file):
         if name == b"fmt ":
             form = file.read(min(size, 100))
         if name == b"data" and form is not None:
-            return form, at, min(size, end - at)  # a size beyond the file's end takes what there is
+            # a size of nothing, or beyond the file's end, is what a program left that could not go back
+            return form, at, min(size or end, end - at)
         at += size + size % 2  # chunks begin at even bytes
     raise DataError("a WAV file without format or data")
 

@@ -319,7 +319,7 @@ def imu_window(path, start, seconds):
 
 
 class Folder(Table):
-    """The samples in and below a folder; its first folders are their classes, where no .cls names them.
+    """The samples in and below a folder; its first folders are their classes where there is no .cls.
 
     A file's ending says its modality (sources/base.py). Texts are read when it is opened. Raises DataError
     if nothing in it has a known ending.

@@ -263,3 +263,11 @@ def test_a_clip_of_a_compressed_sound_is_the_same_part_of_the_whole(tmp_path, en
     assert clip.shape[1] == 32000
     distance = [(whole[0, 64000 + by : 96000 + by] - clip[0]).abs().mean() for by in range(-400, 400, 4)]
     assert np.argmin(distance) == 100 and min(distance) < 0.01
+
+
+def test_a_wav_whose_size_was_never_written_is_read_to_its_end():
+    content = sound()
+    at = content.index(b"data") + 4
+    for size in (0, 2**32 - 1):
+        streamed = content[:at] + size.to_bytes(4, "little") + content[at + 4 :]
+        assert torch.equal(data.READERS["audio"](streamed), data.READERS["audio"](content))
