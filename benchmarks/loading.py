@@ -1,5 +1,6 @@
 """What large data sets cost; prints a line for each row. Files are made up, weights random.
 
+    python benchmarks/loading.py items       # samples a second on one core, by modality and file
     python benchmarks/loading.py manifest    # 2,000,000 rows: time to the first batch, memory of processes
     python benchmarks/loading.py dataset     # 2,000,000 lines of AudioSet beside 300,000 files: time to open
     python benchmarks/loading.py shards      # 5,000 small pairs: tar shards against loose files, and resuming
@@ -12,6 +13,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,6 +51,80 @@ def loader(source, modalities, workers=0, batch_size=64, **options):
     keys = data.batch_keys(source, batch_size, 1)
     return torch.utils.data.DataLoader(
         samples, batch_sampler=keys, num_workers=workers, collate_fn=data.collate, **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# items
+
+
+def items(folder, seconds=2.0):
+    """Training and evaluation samples a second on one core, for encoders of `base`; torchvision beside."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8))
+    for name, size in (("small.jpg", (500, 375)), ("hd.jpg", (1280, 720)), ("photo.jpg", (4032, 3024))):
+        picture = coarse.resize(size, Image.Resampling.BICUBIC)
+        picture.save(folder / name, quality=90)
+        report_rate(f"JPEG {size[0]} x {size[1]}", {"image": folder / name}, seconds)
+        for kind, load in torchvision_pipelines():
+            print(f"    {kind}: {rate(lambda: load(folder / name), seconds):.1f}/s", flush=True)
+    millimetres = rng.integers(500, 4000, (480, 640)).astype(np.uint16)
+    Image.fromarray(millimetres).save(folder / "depth.png")
+    report_rate("depth, PNG 640 x 480", {"depth": folder / "depth.png"}, seconds)
+    np.save(folder / "imu.npy", rng.normal(size=(6, 1000)).astype(np.float32))
+    report_rate("IMU, .npy of 5 s at 200 Hz", {"imu": folder / "imu.npy"}, seconds)
+    if not shutil.which("ffmpeg"):
+        print("sound and video need FFmpeg")
+        return
+    sound = ["-f", "lavfi", "-i", "anoisesrc=r=44100:d=10:a=0.3"]
+    film = ["-f", "lavfi", "-i", "testsrc=size=640x360:rate=25:duration=10,format=yuv420p"]
+    for ending in ("wav", "flac", "mp3", "m4a", "mp4"):
+        path = folder / f"sound.{ending}"
+        inputs = sound + film if ending == "mp4" else sound
+        subprocess.run(["ffmpeg", "-loglevel", "error", *inputs, "-ac", "2", str(path)], check=True)
+        files = {"video": path, "audio": path} if ending == "mp4" else {"audio": path}
+        report_rate(f"{' and '.join(files)}, .{ending} of 10 s, 44.1 kHz, stereo", files, seconds)
+
+
+def report_rate(what, files, seconds):
+    """Prints the rates of a manifest of one row."""
+    table = files[next(iter(files))].with_suffix(".csv")
+    table.write_text(",".join(files) + "\n" + ",".join(path.name for path in files.values()) + "\n")
+    samples = data.Samples(open_data(str(table)), {m: preset("base", m) for m in files})
+    training = rate(lambda: samples[(0, 0)], seconds)
+    print(f"{what}: {training:.1f}/s in training ({1000 / training:.1f} ms), "
+          f"{rate(lambda: samples[0], seconds):.1f}/s in evaluation", flush=True)
+
+
+def rate(call, seconds):
+    """Calls a second, for so long, after one that warms up."""
+    assert not isinstance(call(), data.Bad)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        call()
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def torchvision_pipelines():
+    """(name, path -> tensor) of torchvision's two ways to a training picture; none without torchvision."""
+    try:
+        from torchvision import transforms
+        from torchvision.io import ImageReadMode, decode_jpeg, read_file
+        from torchvision.transforms import v2
+    except ImportError:
+        return []
+    mean, std = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
+    crop = dict(size=224, scale=(0.35, 1.0), antialias=True)
+    first = transforms.Compose([
+        transforms.RandomResizedCrop(**crop, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)])
+    second = v2.Compose([
+        v2.RandomResizedCrop(**crop, interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    return [("torchvision, Pillow", lambda path: first(Image.open(path).convert("RGB"))),
+            ("torchvision, decode_jpeg and v2",
+             lambda path: second(decode_jpeg(read_file(str(path)), ImageReadMode.RGB)))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -286,6 +362,6 @@ if __name__ == "__main__":
         del sys.argv[1]
         counted_training()
     else:
-        for name in sys.argv[1:] or ("manifest", "dataset", "shards", "cache", "processes", "views"):
+        for name in sys.argv[1:] or ("items", "manifest", "dataset", "shards", "cache", "processes", "views"):
             with tempfile.TemporaryDirectory() as place:
                 globals()[name](Path(place))
