@@ -127,7 +127,7 @@ def measure(args, model, row, folder, kept, mark):
                 return saved["result"]
         print(f"{name}: {folder}")
         result = evaluate.COMMANDS[row.command](options_of(args, row), model, source)
-    except (DataError, cli.UsageError) as error:
+    except DataError as error:
         return {"note": str(error)}
     results.show(row.command, result)
     # Written beside, then renamed: a kill leaves a whole file or none.

@@ -44,14 +44,11 @@ TOLERANCE = 1e-3
 
 
 def fetch_items():
-    """{modality: [item of each thing]}: texts, and the paths of pictures and sounds. Raises UsageError."""
+    """{modality: [item of each thing]}: texts, and the paths of pictures and sounds. Raises DataError."""
     items = {"text": TEXTS}
-    try:
-        for modality, ending in (("image", "jpg"), ("audio", "wav")):
-            names = [f"{thing}_{modality}.{ending}" for thing in THINGS]
-            items[modality] = [cached(f"{ASSETS}/{name}", DIGESTS[name]) for name in names]
-    except ValueError as error:
-        raise cli.UsageError(str(error)) from None
+    for modality, ending in (("image", "jpg"), ("audio", "wav")):
+        names = [f"{thing}_{modality}.{ending}" for thing in THINGS]
+        items[modality] = [cached(f"{ASSETS}/{name}", DIGESTS[name]) for name in names]
     return items
 
 

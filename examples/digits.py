@@ -34,7 +34,7 @@ from figure import GREY, coloured, enlarged, write  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 from files.decode import READERS, SAMPLE_RATE  # noqa: E402
-from runtime.cli import Parser, UsageError, load_model, read_lines, run_main  # noqa: E402
+from runtime.cli import Parser, UsageError, load_model, run_main  # noqa: E402
 from sources import open_data  # noqa: E402
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -373,7 +373,8 @@ def recognise(checkpoint, folder, manifest):
     source = open_made(folder, manifest)
     model = load_model(checkpoint)
     sounds = evaluate.embed_items(model, source, "audio")
-    classes = evaluate.class_embeddings(model, WORDS, read_lines(folder / "prompts.txt"))
+    prompts = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    classes = evaluate.class_embeddings(model, WORDS, prompts)
     named = (sounds.z @ classes.T).argmax(dim=1).tolist()
     counts = np.zeros((10, 10), int)
     for label, name in zip(sounds.labels.tolist(), named):

@@ -162,9 +162,10 @@ def add_checkpoint(add):
 
 def open_checkpoint(args):
     """The model that the options of add_checkpoint name, on the device; says which, where none is named."""
+    name = args.checkpoint or newest_run()
     if args.checkpoint is None:
-        print(f"checkpoint: {newest_run()}")
-    return load_model(args.checkpoint, args.heads, args.activation).to(choose_device())
+        print(f"checkpoint: {name}")
+    return load_model(name, args.heads, args.activation).to(choose_device())
 
 
 def load_model(name, heads=None, activation=None):

@@ -8,8 +8,8 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from data import transform
-from files.decode import SAMPLE_RATE, DataError, errors_named
+from data import seconds_of, transform
+from files.decode import DataError, errors_named
 from model import preset
 from runtime.cli import run_main
 from sources import DATASETS, open_data
@@ -95,14 +95,14 @@ def show_units(source, modality, indices):
                 if modality != "text":
                     tensor = transform(modality, x, preset("huge", modality))
                     numbers.append(tensor.flatten()[:: tensor.numel() // 5000 + 1])
-                sizes.append(np.shape(x)[:2] or [len(x) if modality == "text" else x.count / x.fps])
+                timed = UNIT.get(modality) == "seconds"
+                sizes.append([seconds_of(x)] if timed else np.shape(x)[:2] or [len(x)])
         except DataError as error:
             # Alike but for their numbers they are one reason.
             reasons.setdefault(re.sub(r"\d+", "#", str(error).split(": ")[-1]), []).append(error)
     for found in reasons.values():
         print(f"    {len(found)} of {len(indices)} cannot be read, the first: {found[0]}")
     if sizes:
-        sizes = np.array(sizes)[:, 1:] / SAMPLE_RATE if modality == "audio" else sizes
         shown = [" x ".join(f"{n:.4g}" for n in size) for size in np.percentile(sizes, (5, 50, 95), axis=0)]
         print(f"    {UNIT.get(modality, 'pixels')}: {', '.join(shown)} (5, 50 and 95 % of {len(sizes)})")
     if numbers:

@@ -348,30 +348,25 @@ class Folder(Table):
 
     def samples_below(self, root):
         """{stem: row} of the samples; files that belong to none are counted in `reasons`."""
-        samples, seen = {}, set()
-        for place, folders, names in os.walk(root, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            if os.path.realpath(place) in seen:  # links may lead in a circle
-                folders.clear()
+        samples = {}
+        # a .txt goes before a .json, which img2dataset puts beside it
+        for path in sorted(files_in(root, hidden=False), key=lambda path: path.endswith(".json")):
+            folder, slash, name = path.rpartition("/")
+            stem, ending = split_ending(name)
+            stem = folder + slash + stem
+            column = COLUMN_OF.get(ending)
+            if name.startswith(".") or (ending == "json" and column in samples.get(stem, {})):
                 continue
-            seen.add(os.path.realpath(place))
-            # a .txt goes before a .json, which img2dataset puts beside it
-            for name in sorted(names, key=lambda name: (name.endswith(".json"), name)):
-                path = Path(place, name).relative_to(root).as_posix()
-                stem, ending = split_ending(name)
-                stem = path[: len(path) - len(name) + len(stem)]
-                column = COLUMN_OF.get(ending)
-                if name.startswith(".") or (ending == "json" and column in samples.get(stem, {})):
-                    continue
-                if path != path.strip() or path.encode(errors="ignore").decode() != path:
-                    self.pass_over("files whose names no table holds passed over", ascii(path))
-                elif not column or samples.setdefault(stem, {}).setdefault(column, path) != path:
-                    kind = f"as a second {column}" if column else f"ending .{ending}"
-                    self.pass_over(f"files {kind} passed over", path)
+            if path != path.strip() or path.encode(errors="ignore").decode() != path:
+                self.pass_over("files whose names no table holds passed over", ascii(path))
+            elif not column or samples.setdefault(stem, {}).setdefault(column, path) != path:
+                kind = f"as a second {column}" if column else f"ending .{ending}"
+                self.pass_over(f"files {kind} passed over", path)
         for stem, row in list(samples.items()):
             if not row.keys() - {"text", "label"}:  # a README is no sample
                 self.pass_over("texts without another file passed over", stem)
                 del samples[stem]
+                continue
             if "video" in row:  # its sound, where there is no sound file
                 row.setdefault("audio", row["video"])
             for column in row.keys() & {"text", "label"}:
@@ -389,3 +384,19 @@ def split_ending(name):
     front, _, second = stem.rpartition(".")
     double = f"{second}.{ending}".lower()
     return (front, double) if double in COLUMN_OF else (stem, ending.lower())
+
+
+def files_in(root, folder=None, hidden=True):
+    """A stream of the paths, relative to the root, of all files below it, or below a folder of it; sorted.
+
+    hidden: also of folders whose names begin with a dot. Links are followed, and a folder that was gone
+    through is not gone through again, because they may lead in a circle.
+    """
+    seen = set()
+    for place, folders, names in os.walk(folder or root, followlinks=True):
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        yield from (Path(os.path.relpath(place, root), name).as_posix() for name in sorted(names))

@@ -33,7 +33,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import zlib
 from collections import namedtuple
@@ -47,7 +46,7 @@ import numpy as np
 from files.decode import DataError, errors_named, require
 from model import MODALITIES
 from sources.base import COLUMN_OF
-from sources.manifest import Table
+from sources.manifest import Table, files_in
 
 # ---------------------------------------------------------------------------------------------
 # What the readers use
@@ -95,16 +94,12 @@ def files_below(root, folder=None, keys_of=lambda stem: [stem]):
     With None for keys_of the path is its own key.
     """
     found = {kind: {} for kind in KIND_OF.values()}
-    for place, folders, names in os.walk(folder or root, followlinks=True):
-        folders.sort()  # of two files with one key, the same is found on every machine
-        inside = Path(os.path.relpath(place, root)).as_posix()
-        for name in sorted(names):
-            stem, _, ending = name.rpartition(".")
-            kind = KIND_OF.get(ending.lower())
-            path = name if inside == "." else f"{inside}/{name}"
-            if kind and not name.startswith("."):  # as macOS's copies of a file's attributes do
-                for key in keys_of(stem) if keys_of else [path]:
-                    found[kind].setdefault(key, path)
+    for path in files_in(root, folder):  # sorted: of two files with one key, the first counts everywhere
+        stem, _, ending = path.rpartition("/")[2].rpartition(".")
+        kind = KIND_OF.get(ending.lower())
+        if kind and stem[:1] not in ("", "."):  # the latter as of macOS's copies of a file's attributes
+            for key in keys_of(stem) if keys_of else [path]:
+                found[kind].setdefault(key, path)
     return found
 
 
@@ -335,6 +330,7 @@ def matlab_lines(path, name):
 
 LLVIP_CLASSES = {"person": "person|man|woman|people", "background": "street|road|car|light|tree"}
 
+
 def llvip(root, split):
     """Training: aligned pictures. Test: their people, and as many boxes of the same shapes without people."""
     thermal = files_below(root, find(root, f"infrared/{split}"))["image"]
@@ -499,9 +495,9 @@ def places365_classes(root):
 
 
 def kinetics400(root, split):
-    files = files_below(root, keys_of=by_start)
     path = find(root, {"train": "*train*.csv", "test": "*val*.csv"}[split],
                 columns={"label", "youtube_id", "time_start", "time_end"})
+    files = files_below(root, keys_of=by_start)
     for line in dicts_of(path):
         start, end = number(line["time_start"]), number(line["time_end"])
         row = files_of_clip(files, line["youtube_id"], start, end - start)

@@ -88,6 +88,8 @@ CAPTIONS = [f"{opening} {mood}{{}}{place}"  # the concept's name goes into the b
 
 # One object of a scene; place and radius in fractions of the picture
 Thing = namedtuple("Thing", "concept x y radius angle")
+
+
 def stream_of(modality):
     """Number of the stream that a modality is rendered from: the order of MODALITIES changes no sample."""
     return zlib.crc32(modality.encode())

@@ -60,7 +60,7 @@ def test_the_manifests_open_and_no_sound_meets_a_text(folder):
     # Each sound is an item of its own; the copies of one scan are one.
     assert data.count_rows(open_data(str(folder / "heldout_voices.csv")), ("audio",)) == (400, 400)
     assert data.count_rows(open_data(str(folder / "pictures.csv")), ("image", "text")) == (300, 75)
-    assert digits.read_lines(folder / "prompts.txt") == list(digits.CAPTIONS)
+    assert (folder / "prompts.txt").read_text(encoding="utf-8").splitlines() == list(digits.CAPTIONS)
 
 
 def test_nothing_held_out_is_in_training(folder):
