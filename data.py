@@ -12,8 +12,10 @@ the disparity (H, W), NaN where nothing was measured, thermal (H, W) in 0..1, im
     python data.py SPEC       # looks at whatever --data takes, and says which command would use it
 """
 
+import collections
 import itertools
 import math
+import os
 import signal
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,7 +29,7 @@ import torchaudio
 from PIL import Image
 
 from clip_weights import tokenizer
-from files.decode import READERS, SAMPLE_RATE, DataError, Video, errors_named
+from files.decode import OPENERS, SAMPLE_RATE, DataError, Sound, Video, errors_named, pixels
 from files.randaugment import MOVES, draw_operations, operate
 from model import preset
 
@@ -35,6 +37,7 @@ AUDIO_MEAN, AUDIO_STD = -4.268, 9.138  # of log-mel energies on AudioSet
 DEPTH_MEAN, DEPTH_STD = 0.0418, 0.0295  # of disparities, in the units of files/decode.py's to_disparity
 CLIP_SECONDS = 2  # of sound and video that an encoder sees at once
 AUDIO_CLIPS, VIDEO_CLIPS = 3, 5  # of one item in evaluation; their embeddings are averaged
+PART = 64  # samples that a loader process makes at once
 
 
 def load(modality, item, config=None, **options):
@@ -50,7 +53,7 @@ def load(modality, item, config=None, **options):
     name = item if isinstance(item, (str, Path)) else f"these {modality} data"
     # Whatever goes wrong below becomes one line that names the item.
     with errors_named(name):
-        x = READERS[modality](item, **options)
+        x = OPENERS[modality](item, **options)
         return transform(modality, x, config or preset("huge", modality))
 
 
@@ -63,8 +66,8 @@ def transform(modality, x, config, rng=None, view=None):
         x = EVALUATION[modality](x, config)
     else:
         x = TRAINING[modality](x, config, rng, view or View())
-    # One number that is not finite would make every weight so.
-    if not x.isfinite().all():
+    # One number that is not finite would make every weight so. It makes the sum so, too, which is cheap.
+    if not x.sum().isfinite():
         raise DataError(f"its {modality} has values so extreme that its tensor is not finite")
     return x
 
@@ -74,7 +77,8 @@ def transform(modality, x, config, rng=None, view=None):
 
 
 def evaluate_image(x, config):
-    """(H, W, 3) uint8 -> (3, size, size)."""
+    """A picture, (H, W, 3) uint8 or not yet decoded -> (3, size, size)."""
+    x = pixels(x) if isinstance(x, Image.Image) else x
     picture = resize_and_crop(Image.fromarray(x), config.input_shape[-1])
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return normalise(x.float() / 255, config)
@@ -106,13 +110,15 @@ def evaluate_text(x, config):
 
 
 def evaluate_audio(x, config):
-    """Waveform (channels, T) at 16 kHz -> log-mel clips (3, 1, bins, frames), spread over the sound.
+    """Waveform or Sound (channels, T) at 16 kHz -> log-mel clips (3, 1, bins, frames), spread over it.
 
     204 frames of 10 ms show 2 s of sound; a shorter sound is followed by zeros. Of several channels the
     first is heard.
     """
     seconds = clip_seconds(config)
-    x = x.clone()
+    # Only of what is too large to be decoded whole, the clips alone are.
+    if not (isinstance(x, Sound) and x.is_large):
+        x = x[:, :].clone()
     clips = []
     for start in spread(x.shape[1] / SAMPLE_RATE, seconds, AUDIO_CLIPS):
         clip = cut_clip(x, start, seconds)
@@ -128,9 +134,9 @@ def clip_seconds(config):
     return Fraction(CLIP_SECONDS * config.input_shape[-1], 204)
 
 
-def cut_clip(wave, start, seconds):
-    """The part (channels, t) of a waveform that begins at `start` (s)."""
-    return wave[:, int(start * SAMPLE_RATE) : int((start + seconds) * SAMPLE_RATE)]
+def cut_clip(wave, start, seconds, channels=None):
+    """The part (channels, t) of a waveform or Sound from `start` (s) on, of all or the first channels."""
+    return wave[:channels, int(start * SAMPLE_RATE) : int((start + seconds) * SAMPLE_RATE)]
 
 
 def spread(duration, clip, count):
@@ -308,7 +314,10 @@ class View:
     def crop(self, x, size):
         """(B, C, H, W), uint8 or float -> (B, C, size, size) of the same kind, antialiased."""
         rows, columns = self.box(*x.shape[-2:])
-        x = x[..., rows, columns]
+        return self.resize(x[..., rows, columns], size)
+
+    def resize(self, x, size):
+        """What was cropped, (B, C, h, w) -> (B, C, size, size), flipped where the view is."""
         # The crop becomes a square, whatever its shape: a change of aspect is part of the augmentation.
         x = F.interpolate(x, (size, size), mode=self.mode, antialias=True, align_corners=False)
         return x.flip(-1) if self.flip else x
@@ -326,20 +335,23 @@ class View:
 
 
 def train_image(x, config, rng, view):
-    x = torch.from_numpy(x).permute(2, 0, 1)[None]  # (1, 3, H, W)
-    return augment_frames(x, config, view)[0]
+    size = config.input_shape[-1]
+    x = x if isinstance(x, Image.Image) else Image.fromarray(x)
+    x = torch.from_numpy(pixels(x, view.box, size)).permute(2, 0, 1)[None]  # (1, 3, h, w)
+    return augment_frames(view.resize(x, size), config, view)[0]
 
 
 def train_video(x, config, rng, view):
     """One clip of 2 s: (3, T, size, size)."""
     start = view.start(x.count / x.fps, CLIP_SECONDS)
     clip = x.frames(clip_frames(x, start, config.input_shape[1]))
+    clip = view.crop(clip, config.input_shape[-1])  # in uint8, many times faster
     return augment_frames(clip, config, view).transpose(0, 1)
 
 
 def augment_frames(frames, config, view):
-    """(T, 3, H, W) uint8 -> (T, 3, size, size), all frames alike."""
-    x = view.crop(frames, config.input_shape[-1])  # in uint8, many times faster
+    """Cropped frames (T, 3, size, size) uint8 -> float, varied as the view says, all frames alike."""
+    x = frames
     for name, strength in view.operations:
         x = torch.stack([operate(name, frame.permute(1, 2, 0), strength) for frame in x])
         x = x.permute(0, 3, 1, 2)
@@ -352,9 +364,9 @@ def augment_frames(frames, config, view):
 def train_audio(x, config, rng, view):
     """One log-mel clip (1, bins, frames), some of its bins masked."""
     seconds = clip_seconds(config)
-    # A sound shorter than a clip is taken whole.
-    clip = cut_clip(x, view.start(x.shape[1] / SAMPLE_RATE, seconds), seconds)
-    clip = log_mel((clip - clip.mean())[:1], config)
+    # Training hears the first channel. A sound shorter than a clip is taken whole.
+    clip = cut_clip(x, view.start(seconds_of(x), seconds), seconds, 1)
+    clip = log_mel(clip - clip.mean(), config)
     return mask_frequencies(clip, rng)
 
 
@@ -467,7 +479,7 @@ class Samples(torch.utils.data.Dataset):
         try:
             with errors_named(self.source.name(index)):
                 # All are read first, because the shortest recording decides where a clip may begin.
-                plain = {modality: self.source.read(index, modality) for modality in self.configs}
+                plain = {modality: self.source.open(index, modality) for modality in self.configs}
                 if view:
                     view.seconds = min(map(seconds_of, plain.values()), default=math.inf)
                 for modality, config in self.configs.items():
@@ -483,8 +495,8 @@ class Samples(torch.utils.data.Dataset):
 
 
 def seconds_of(x):
-    """Length of a waveform or a video; anything else has none."""
-    if isinstance(x, torch.Tensor):
+    """Length of a waveform, a Sound or a Video; anything else has none."""
+    if isinstance(x, (torch.Tensor, Sound)):
         return x.shape[1] / SAMPLE_RATE
     return x.count / x.fps if isinstance(x, Video) else math.inf
 
@@ -583,11 +595,46 @@ def batches_of_items(rows, items, batch_size):
 
 
 def load_batches(samples, keys, workers, device):
-    """Batches of tensors, each with the Bad items it lacks, made ahead by `workers` processes."""
-    loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=keys, num_workers=workers, collate_fn=collate,
-        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
-    return iter(loader)
+    """Batches of tensors on the device, each with the Bad items it lacks, made ahead by `workers` processes.
+
+    workers: None for one per CPU core of this process. They make parts of a batch, together one batch ahead:
+    a whole batch in each, of 2048 pictures and sounds, would take 46 GB for 16 of them.
+    """
+    workers = cores() if workers is None else workers
+    keys = iter(keys)
+    first = next(keys, [])
+    waiting = collections.deque()  # number of parts of each batch that the loader has asked for
+
+    def parts():
+        for batch in itertools.chain([first], keys):
+            waiting.append(math.ceil(len(batch) / PART))
+            for at in range(0, len(batch), PART):
+                yield batch[at : at + PART]
+
+    ahead = max(2, math.ceil(len(first) / PART / workers)) if workers else None  # parts of each process
+    loader = iter(torch.utils.data.DataLoader(
+        samples, batch_sampler=parts(), num_workers=workers, prefetch_factor=ahead, collate_fn=collate,
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
+    for part in loader:
+        of_batch = [part, *itertools.islice(loader, waiting.popleft() - 1)]
+        yield join_parts(of_batch, device)
+
+
+def join_parts(parts, device):
+    """One batch of several that collate made, on the device but for its "index"."""
+    bad = [item for _, items in parts for item in items]
+    good = [batch for batch, _ in parts if batch is not None]
+    batch = {}
+    for key in good[0] if good else ():
+        place = "cpu" if key == "index" else device
+        batch[key] = torch.cat([part[key].to(place, non_blocking=True) for part in good])
+    return batch or None, bad
+
+
+def cores():
+    """CPU cores that this process may use, shared out among torchrun's processes on this machine."""
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, every // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def ignore_signals(worker):

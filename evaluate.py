@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from clip_weights import clip_prompts
-from loss import row_slices
+from loss import processes, rank, row_slices
 from model import MODALITIES, encoder_of, trained_pairs
 from runtime import cli
 from runtime.cli import UsageError
@@ -203,15 +203,21 @@ def embed_samples(embed, samples, modality, batch_size, workers, limit=None):
     # An item is embedded once, by its first row.
     indices, items = (numbers[:limit] for numbers in source.items(modality))
     order = indices[indices == items].tolist()
-    loader = torch.utils.data.DataLoader(samples, batch_size, sampler=order, num_workers=workers,
-                                         collate_fn=data.collate)
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    loaded = data.load_batches(samples, batches[rank() :: processes()], workers, cli.choose_device())
+
+    def embed_next(_):
+        # A batch lacks the items that cannot be read; one of these alone is None.
+        batch, bad = next(loaded)
+        if batch is None:
+            return [], [], bad
+        return [embed(modality, batch[modality]).cpu()], [batch["index"]], bad
+
     z, indices, bad = [], [], []
-    # collate leaves out the items that cannot be read; a batch of these alone is None.
-    for batch, unread in tqdm(loader, desc=f"embedding {modality}", leave=False, disable=None):
-        bad += unread
-        if batch is not None:
-            z.append(embed(modality, batch[modality]).cpu())
-            indices.append(batch["index"])
+    for part in share_out(batches, embed_next, f"embedding {modality}"):
+        z += part[0]
+        indices += part[1]
+        bad += part[2]
     # Without anything at all there is no figure to give; a few bad items are counted instead.
     if not z:
         reason = f"the first: {bad[0].reason}" if bad else "all are absent"
@@ -219,6 +225,13 @@ def embed_samples(embed, samples, modality, batch_size, workers, limit=None):
     indices = torch.cat(indices)
     labels = [source.label(i) if source.classes else -1 for i in indices.tolist()]
     return Embedded(torch.cat(z), indices, torch.tensor(labels), bad)
+
+
+def share_out(parts, compute, name):
+    """[compute(part) of each part]: every process computes its share, and then has all of them."""
+    own = parts[rank() :: processes()]
+    everyones = cli.from_all([compute(part) for part in tqdm(own, name, leave=False, disable=None)])
+    return [everyones[n % processes()][n // processes()] for n in range(len(parts))]
 
 
 def right_matches(source, match, a, q, b, g):
@@ -267,7 +280,8 @@ def embed_texts(model, texts, batch_size=256):
     config = model.encoder("text").config
     # Token ids (N, L)
     ids = torch.stack([data.load("text", text, config) for text in texts])
-    return torch.cat([model.embed("text", part).cpu() for part in ids.split(batch_size)])
+    parts = ids.split(batch_size)
+    return torch.cat(share_out(parts, lambda part: model.embed("text", part).cpu(), "embedding prompts"))
 
 
 def class_embeddings(model, names, templates):
@@ -400,7 +414,7 @@ def match_probabilities(model, a, b, za, zb):
 
 def warn_of_unreadable(bad):
     """The first reasons why items could not be read, on standard error."""
-    for item in list(dict.fromkeys(bad))[:3]:
+    for item in list(dict.fromkeys(bad))[:3] if rank() == 0 else ():
         print(f"unreadable: {item.reason}", file=sys.stderr)
 
 
@@ -686,7 +700,7 @@ def parse_args():
                       help=f"toy, CSV, folder, shards, NAME:ROOT of {', '.join(DATASETS)}")
             add[name]("--allow-outside", action="store_true", help="read files outside a CSV's folder, too")
             add[name]("--batch-size", type=cli.positive, default=64)
-            add[name]("--workers", type=cli.workers, default=2)
+            add[name]("--workers", type=cli.workers, help="loader processes (default: one per core)")
     add["zeroshot"]("--modality", choices=[m for m in MODALITIES if m != "text"], required=True)
     add["zeroshot"]("--templates", type=cli.read_lines, help="a file of prompts, a line each, {}: the class")
     add["zeroshot"]("--class-names", type=cli.read_lines, help="a file of names, a line each; several by |")
@@ -709,9 +723,12 @@ def parse_args():
 
 def main():
     args = parse_args()
+    cli.start_processes(cli.choose_device())
     model = cli.open_checkpoint(args)
     source = open_data(args.data, "test", allow_outside=args.allow_outside) if "data" in args else None
     result = COMMANDS[args.command](args, model, source)
+    if rank() > 0:  # all have the same result
+        return
     show(args.command, result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -162,7 +162,7 @@ def gather(z):
     """
     if processes() == 1:
         return z, 0
-    sizes = torch.zeros(processes(), dtype=torch.long, device=z.device)
+    sizes = torch.zeros(processes(), dtype=torch.long)  # not on the device, which the host would wait for
     sizes[rank()] = len(z)
     dist.all_reduce(sizes)
     start = int(sizes[: rank()].sum())

@@ -335,8 +335,11 @@ class ImageBind(nn.Module):
     """Encoders by modality; what each puts out is compared in one space.
 
     configs: EncoderConfigs, any subset of the modalities, all with the same embed_dim.
-    `pairs` maps each pair the encoders were trained on ("image-audio") to its logit scale.
+    `pairs` maps each pair the encoders were trained on ("image-audio") to its logit scale. `amp` is the type
+    that encoders compute in where that is safe (automatic mixed precision), None for float32 alone.
     """
+
+    amp = None
 
     def __init__(self, configs):
         super().__init__()
@@ -358,7 +361,9 @@ class ImageBind(nn.Module):
 
     def encode(self, modality, x):
         """Embeddings (B, E) float32 of unit length, differentiable; x is one clip per item."""
-        return F.normalize(self.encoder(modality)(x).float(), dim=-1)
+        with torch.autocast(x.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+            z = self.encoder(modality)(x)  # (B, E)
+        return F.normalize(z.float(), dim=-1)
 
     @torch.no_grad()
     def embed(self, modality, x):

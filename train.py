@@ -33,7 +33,7 @@ from clip_weights import tokenizer
 from loss import MAX_LOGIT_SCALE, make_loss, processes, rank
 from model import MODALITIES, PRESETS, ImageBind, encoder_of, preset
 from runtime import cli
-from runtime.cache import cache_anchor, without_anchor
+from runtime.cache import cache_anchor, in_type, with_anchor
 from runtime.cli import RunError, UsageError
 from runtime.results import left_out, show_summary
 from runtime.run import STOP, Run, new_folder, options_of_run, wait_for_all
@@ -187,31 +187,24 @@ def make_optimizer(modules, settings):
     return torch.optim.AdamW(groups, lr=settings["lr"], betas=betas, fused=True)
 
 
-def encode_batch(model, modality, x, amp, micro_batch=None):
+def encode_batch(model, modality, x, micro_batch=None):
     """Embeddings (B, E) of a batch, differentiable; activations of at most `micro_batch` items are in memory.
 
     Those of a smaller part are dropped and, when its gradient is due, computed again with the same random
     numbers: the gradient of the whole contrastive batch (Gao et al., 2021, https://arxiv.org/abs/2101.06983).
     """
-    def encode(part):
-        with torch.autocast(part.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            return model.encode(modality, part)
-
     if not micro_batch or micro_batch >= len(x):
-        return encode(x)
-    parts = [checkpoint(encode, part, use_reentrant=False) for part in x.split(micro_batch)]
+        return model.encode(modality, x)
+    parts = [checkpoint(model.encode, modality, part, use_reentrant=False) for part in x.split(micro_batch)]
     return torch.cat(parts)
 
 
-def take_step(model, pair, batch, criterion, optimizer, scaler, clip_grad, device, amp, micro_batch=None):
+def take_step(model, pair, batch, criterion, optimizer, scaler, clip_grad, micro_batch=None):
     """Embed, compare, update. Returns the step's figures; FloatingPointError if the loss is not finite."""
     # Embed both sides and compare them: equation 1.
-    q = encode_batch(model, pair[0], batch[pair[0]].to(device, non_blocking=True), amp, micro_batch)  # (B, E)
-    k = encode_batch(model, pair[1], batch[pair[1]].to(device, non_blocking=True), amp, micro_batch)  # (B, E)
+    q = encode_batch(model, pair[0], batch[pair[0]], micro_batch)  # (B, E)
+    k = encode_batch(model, pair[1], batch[pair[1]], micro_batch)  # (B, E)
     loss, accuracy = criterion(q, k)
-    loss_value, accuracy = sum_over_processes(loss.item(), accuracy.item())
-    if not math.isfinite(loss_value):
-        raise FloatingPointError(f"the loss is {loss_value}")
     # Gradients, scaled up for fp16 alone, are summed over processes and clipped.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler.scale(loss).backward()
@@ -222,16 +215,20 @@ def take_step(model, pair, batch, criterion, optimizer, scaler, clip_grad, devic
     scaler.step(optimizer)  # skips a step whose fp16 gradients overflowed
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss_value, "accuracy": accuracy, "gradient_norm": norm.item()}
+    # The figures are read once, at the end: the host waits for the device there.
+    sums = sum_over_processes(torch.stack([loss.detach(), accuracy]))
+    values = torch.stack([*sums, norm, 1 / criterion.logit_scale.detach()]).tolist()
+    figures = dict(zip(("loss", "accuracy", "gradient_norm", "temperature"), values))
+    if not math.isfinite(figures["loss"]):
+        raise FloatingPointError(f"the loss is {figures['loss']}")
+    return figures
 
 
-def sum_over_processes(*numbers):
-    """Each number, summed over all processes."""
-    if processes() == 1:
-        return numbers
-    total = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist()
+def sum_over_processes(numbers):
+    """A tensor, summed over all processes."""
+    if processes() > 1:
+        dist.all_reduce(numbers)
+    return numbers
 
 
 def sum_gradients(parameters):
@@ -248,7 +245,7 @@ def sum_gradients(parameters):
 # The loop
 
 
-def train_pair(args, run, model, pair, has_weights, device, amp, saved=None):
+def train_pair(args, run, model, pair, has_weights, device, saved=None):
     """Binds one pair. has_weights: the encoders trained so far, to which it adds this pair's; saved: what a
     checkpoint of this pair held, to resume from."""
     # Who learns from what, by which settings.
@@ -261,7 +258,7 @@ def train_pair(args, run, model, pair, has_weights, device, amp, saved=None):
     if rows < len(source):
         run.say(f"{name}: {rows} of {len(source)} rows have both, {len(source) - rows} are absent")
     # What a step changes, as it begins or as it was saved.
-    parts = prepare(args, model, pair, role, settings, device, amp)
+    parts = prepare(args, model, pair, role, settings, device)
     criterion, optimizer, _ = parts.values()
     step = 0
     counts = {"bad": 0, "seen": 0}  # items
@@ -270,12 +267,14 @@ def train_pair(args, run, model, pair, has_weights, device, amp, saved=None):
         for key, part in parts.items():
             part.load_state_dict(saved[key])
     # Batches from that step on.
-    learning, batches = training_batches(args, run, model, pair, role.frozen, source, settings, step, amp)
+    learning, batches = training_batches(args, run, model, pair, role.frozen, source, settings, step)
     progress = tqdm(total=settings["steps"], initial=step, desc=name, unit="step", disable=run.quiet)
 
     while step < settings["steps"]:
         # The next batch; None where some process could read nothing of it.
+        begun = time.monotonic()
         batch, stop = next_batch(batches, run, counts, args.max_bad)
+        waited = time.monotonic() - begun
         step += 1
         if batch is not None:
             lr = learning_rate(step - 1, settings)
@@ -285,13 +284,13 @@ def train_pair(args, run, model, pair, has_weights, device, amp, saved=None):
             torch.manual_seed(args.seed * 1_000_003 + step * processes() + rank())
             try:
                 figures = take_step(learning, pair, batch, *parts.values(), settings["clip_grad"],
-                                    device, amp, args.micro_batch)
+                                    args.micro_batch)
             except FloatingPointError as error:
                 items = source.names(batch["index"])
                 raise RunError(f"{error} at step {step} of {name}; the items of its batch: {items}") from None
             # Log the step. The pair's scale belongs to the model: evaluation and export need it.
-            model.pairs[name] = min(criterion.logit_scale.item(), MAX_LOGIT_SCALE)
-            figures["temperature"] = 1 / model.pairs[name]
+            model.pairs[name] = min(1 / figures["temperature"], MAX_LOGIT_SCALE)
+            figures["waiting"] = waited / (time.monotonic() - begun)  # share of the time, for data
             run.log(event="step", pair=name, step=step, **figures, lr=lr, bad=counts["bad"])
             progress.set_postfix_str(progress_line(figures, counts, progress, settings), refresh=False)
         progress.update()
@@ -309,7 +308,7 @@ def train_pair(args, run, model, pair, has_weights, device, amp, saved=None):
     has_weights.update(encoder_of(m) for m in pair)
 
 
-def prepare(args, model, pair, role, settings, device, amp):
+def prepare(args, model, pair, role, settings, device):
     """Sets the pair's encoders up for training; returns what trains them: criterion, optimizer, scaler."""
     # A learned temperature goes on from the model's own.
     settings["logit_scale"] = model.logit_scale(*pair)
@@ -318,16 +317,13 @@ def prepare(args, model, pair, role, settings, device, amp):
     for encoder in encoders:
         encoder.drop_path = settings["drop_path"]
         encoder.token_drop = args.token_drop
-    if args.compile:
-        for m in pair:
-            model.encoder(m).compile()
     criterion = make_loss(settings).to(device)
     optimizer = make_optimizer([*encoders, criterion], settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16 alone underflows
+    scaler = torch.amp.GradScaler(device.type, enabled=model.amp == torch.float16)  # fp16 alone underflows
     return {"criterion": criterion, "optimizer": optimizer, "scaler": scaler}
 
 
-def training_batches(args, run, model, pair, frozen, source, settings, start, amp):
+def training_batches(args, run, model, pair, frozen, source, settings, start):
     """The model that embeds the batches, and an iterator over this process's from step `start` on."""
     device = model.encoder(pair[0]).pos.device
     configs = {m: model.encoder(m).config for m in pair}
@@ -336,9 +332,14 @@ def training_batches(args, run, model, pair, frozen, source, settings, start, am
     if args.cache_anchor and frozen is None:
         run.say("--cache-anchor: both encoders learn, so nothing is cached")
     elif args.cache_anchor:
-        cache = cache_anchor(args, run, model, frozen, source, settings["augment"], amp)
-        learning = without_anchor(model, frozen)
+        cache = cache_anchor(args, run, model, frozen, source, settings["augment"])
+        learning = with_anchor(model, frozen, torch.nn.Identity())  # a batch holds its embeddings already
         del configs[frozen]
+    elif frozen and model.amp:
+        learning = with_anchor(model, frozen, in_type(model.encoder(frozen), model.amp))
+    if args.compile:
+        for m in configs:
+            learning.encoder(m).compile()
     epochs = settings["steps"] // settings["steps_per_epoch"] + 1  # --steps may end within an epoch
     keys = data.batch_keys(source, settings["batch_size"], epochs, settings["replicate"], args.seed,
                            start, rank(), processes(), pair)
@@ -354,11 +355,12 @@ def next_batch(batches, run, counts, max_bad):
     batch, unread = next(batches)
     # All processes decide alike, so that none waits for another that has stopped.
     good = 0 if batch is None else len(batch["index"])
-    empty, newly_bad, newly_good, stop = sum_over_processes(good == 0, len(unread), good, STOP.is_set)
+    numbers = torch.tensor([good == 0, len(unread), good, STOP.is_set], dtype=torch.long)
+    empty, newly_bad, newly_good, stop = sum_over_processes(numbers).tolist()
     if newly_bad:
         run.add_bad_items(unread)
-    counts["bad"] += int(newly_bad)
-    counts["seen"] += int(newly_bad + newly_good)
+    counts["bad"] += newly_bad
+    counts["seen"] += newly_bad + newly_good
     if counts["bad"] > max_bad * max(counts["seen"], 100):  # one bad item in the first batches is no verdict
         raise RunError(f"{counts['bad']} of {counts['seen']} items cannot be read, "
                        f"more than --max-bad {max_bad:g}: see {run.folder / 'bad_items.txt'}")
@@ -370,7 +372,7 @@ def progress_line(figures, counts, progress, settings):
     steps_a_second = progress.format_dict["rate"] or 0
     bad = f", {counts['bad']} bad" if counts["bad"] else ""
     return (f"loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.0%}, "
-            f"temperature {figures['temperature']:.3f}, "
+            f"temperature {figures['temperature']:.3f}, waiting for data {figures['waiting']:.0%}, "
             f"{steps_a_second * settings['batch_size']:.0f} pairs/s{bad}")
 
 
@@ -379,9 +381,7 @@ def progress_line(figures, counts, progress, settings):
 
 
 def evaluate_run(args, run, model, pairs, step=None):
-    """(modalities, figures) of zero-shot and retrieval on held-out data, on rank 0; logged with its step."""
-    if not run.main:
-        return None
+    """(modalities, figures) of zero-shot and retrieval on held-out data; logged with its step."""
     start = time.monotonic()
     source, held_out = evaluation_data(args)
     modalities = in_pairs(pairs)
@@ -463,7 +463,9 @@ def toy_anchor(args, run):
         wait_for_all()
     if not anchor.finished():
         run.say(f"no CLIP weights: training the toy anchor (image-text) first, kept in {TOY_ANCHOR}")
-        train(parse_args(["--pair", "image-text", "--amp", args.amp, "--workers", str(args.workers)]), anchor)
+        of_anchor = parse_args(["--pair", "image-text", "--amp", args.amp])
+        of_anchor.workers = args.workers
+        train(of_anchor, anchor)
     wait_for_all()
     return ImageBind.load(TOY_ANCHOR / "model.pt")
 
@@ -499,17 +501,16 @@ def train(args, run):
             run.write_config(args, source.fingerprint())
     # Pair after pair, from the one that was saved on.
     model.to(device)
-    amp = cli.choose_amp(args.amp, device)
+    model.amp = cli.choose_amp(args.amp, device)
     names = ["-".join(pair) for pair in pairs]
     first = names.index(saved["pair"]) if saved else 0
     for pair in pairs[first:]:
-        train_pair(args, run, model, pair, has_weights, device, amp, saved)
+        train_pair(args, run, model, pair, has_weights, device, saved)
         saved = None
     # What the whole of it can do.
     model.eval()
-    measured = evaluate_run(args, run, model, pairs)
-    if measured:
-        modalities, figures = measured
+    modalities, figures = evaluate_run(args, run, model, pairs)
+    if run.main:
         seconds = time.monotonic() - start
         run.log(event="eval", **figures, seconds=seconds)
         show_summary(modalities, figures, model.pairs)
@@ -578,13 +579,13 @@ def add_options(parser):
     add("--token-drop", type=cli.share, default=0.0, help="share of the learner's patches to leave out")
     add("--cache-anchor", type=cli.positive, nargs="?", const=1, metavar="VIEWS",
         help="embed each item of the frozen anchor once, in so many views (default 1: evaluation's)")
-    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA alone")
+    add("--amp", choices=cli.PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA alone")
     add("--compile", action="store_true", help="torch.compile the encoders")
     # Chores.
     add("--eval-every", type=cli.count, default=0, help="evaluate every so many steps")
     add("--save-every", type=cli.amount, default=300, help="seconds between checkpoints")
     add("--max-bad", type=cli.amount, default=0.01, help="largest share of items that cannot be read")
-    add("--workers", type=cli.workers, default=2, help="loader processes")
+    add("--workers", type=cli.workers, help="loader processes (default: one per core)")
     add("--seed", type=cli.count, default=0)
 
 

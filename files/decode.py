@@ -18,12 +18,13 @@ import struct
 import warnings
 from contextlib import suppress
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchaudio
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from files.errors import DataError, errors_named, require  # noqa: F401
 
@@ -34,6 +35,7 @@ MAX_BYTES = 2**28  # bytes in a file, except sound and video, which are read in 
 MAX_PIXELS = 50_000_000  # pixels in a picture
 MAX_MAP = 25_000_000  # pixels in a depth or thermal map, which is computed in float32
 MAX_FRAME = 10_000_000  # pixels in a video frame, since several are held at once
+LARGE_VIDEO = 2**24  # bytes from which on a video is not read through to count its frames
 MAX_ASPECT = 100  # long side over short side: resizing the short side would make the long one huge
 MAX_SAMPLES = 20_000_000  # samples in a sound, over all channels
 MAX_TEXT = 10_000  # characters of a caption, which is cut there: encoders read its first 77 tokens
@@ -82,17 +84,16 @@ def check_size(width, height, limit=MAX_PIXELS):
 
 
 def open_picture(item, limit=MAX_PIXELS, whole=False):
-    """A Pillow picture of a file, of a Pillow picture or of numbers, decoded after its size was checked.
+    """A Pillow picture of a file, of a Pillow picture or of numbers: its size is checked, nothing decoded.
 
-    A larger JPEG, as phones make them, is decoded at half its width and height unless whole is asked for.
+    A larger JPEG, as phones make them, will have half its width and height unless whole is asked for.
     """
     if not isinstance(item, FILE):
         picture = item if isinstance(item, Image.Image) else picture_of(item)
         check_size(*picture.size, limit)
         return picture.copy()  # it will be turned upright
-    content = io.BytesIO(read_bytes(item))
     try:
-        picture = Image.open(content, formats=PICTURES)
+        picture = Image.open(io.BytesIO(read_bytes(item)), formats=PICTURES)
     except UnidentifiedImageError:
         raise DataError(f"not a picture, or damaged ({', '.join(PICTURES)} are read)") from None
     # a progressive JPEG is held in memory whole before it is made smaller
@@ -100,8 +101,6 @@ def open_picture(item, limit=MAX_PIXELS, whole=False):
     if large and not whole and "progressive" not in picture.info:
         picture.draft(None, (picture.width // 2, picture.height // 2))
     check_size(*picture.size, limit)
-    picture.load()
-    content.close()  # the file is out of memory then
     return picture
 
 
@@ -130,12 +129,28 @@ def read_image(item, whole=False):
 
     The original ImageBind reads these otherwise: as they lie, without transparency, and cut off at white.
     """
-    picture = upright(open_picture(item, whole=whole))
+    return pixels(open_picture(item, whole=whole))
+
+
+def pixels(picture, box=None, side=1):
+    """(H, W, 3) uint8 of what open_picture gives, or of the rows and columns of it that box(H, W) names.
+
+    side: with a box, a JPEG is decoded at a half, a quarter or an eighth where each side of the box keeps so
+    many pixels.
+    """
+    if box and picture.format in ("JPEG", "MPO") and not picture.decoderconfig:  # not halved already
+        size = picture.size[::-1] if is_turned(picture) else picture.size
+        least = min(part.stop - part.start for part in box(size[1], size[0]))
+        picture.draft(None, (picture.width * side // least, picture.height * side // least))
+    picture = upright(picture)
     width, height = picture.size
-    x = np.empty((height, width, 3), np.uint8)
-    rows = 1 + 2**22 // max(1, width)
-    for top in range(0, height, rows):  # in strips, to keep the copies that Pillow makes small
-        x[top : top + rows] = to_rgb(picture.crop((0, top, width, min(top + rows, height))))
+    rows, columns = box(height, width) if box else (slice(0, height), slice(0, width))
+    x = np.empty((rows.stop - rows.start, columns.stop - columns.start, 3), np.uint8)
+    strip = 1 + 2**22 // max(1, width)
+    for top in range(0, len(x), strip):  # in strips, to keep the copies that Pillow makes small
+        bottom = min(top + strip, len(x))
+        part = picture.crop((columns.start, rows.start + top, columns.stop, rows.start + bottom))
+        x[top:bottom] = to_rgb(part)
     return x
 
 
@@ -144,6 +159,13 @@ def upright(picture):
     with suppress(Exception):
         ImageOps.exif_transpose(picture, in_place=True)
     return picture
+
+
+def is_turned(picture):
+    """Whether its EXIF orientation swaps width and height."""
+    with suppress(Exception):
+        return picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+    return False
 
 
 def to_rgb(picture):
@@ -176,12 +198,20 @@ class Video:
     first = 0  # offset of this clip's first frame in the file
 
     def __init__(self, item):
-        source = item if isinstance(item, bytes) else str(plain_file(item))
-        self.decoder = import_torchcodec().decoders.VideoDecoder(source)
+        self.decoder = self.open(item if isinstance(item, bytes) else str(plain_file(item)))
         about = self.decoder.metadata
         check_size(about.width, about.height, MAX_FRAME)
         self.fps, self.begin, self.count = about.average_fps, about.begin_stream_seconds, len(self.decoder)
         require(self.count and self.fps, "no frames in it")
+
+    def open(self, source):
+        """torchcodec's decoder. Of a large file it trusts the header: to count frames it would read it all."""
+        decoder = import_torchcodec().decoders.VideoDecoder
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+        with suppress(ValueError, RuntimeError):  # a header may not tell
+            if size > LARGE_VIDEO:
+                return decoder(source, seek_mode="approximate")
+        return decoder(source)
 
     def frames(self, indices):
         """Frames by their numbers in the clip, as (T, 3, H, W) uint8.
@@ -256,50 +286,90 @@ def read_caption(content):
 
 
 def read_audio(item, start=0.0, seconds=None, rate=None):
-    """Sound -> waveform (channels, T), float32 at 16 kHz. Of files all but plain WAV needs torchcodec.
+    """The whole waveform (channels, T), float32 at 16 kHz, of a sound: see open_sound."""
+    return open_sound(item, start, seconds, rate)[:, :]
+
+
+def open_sound(item, start=0.0, seconds=None, rate=None):
+    """A Sound. Of files all but plain WAV needs torchcodec.
 
     rate: Hz, of samples in memory: (T,), (channels, T) or (T, channels).
-    start, seconds: where the clip lies in a longer recording, of which it alone is read and returned. A file
-    that ends before `start`, or is longer than the clip by no more than a second, is the clip itself.
-    DataError also if there are no samples, too many, or any that is not finite.
+    start, seconds: where the clip lies in a longer recording, of which it alone is meant. A file that ends
+    before `start`, or is longer than the clip by no more than a second, is the clip itself.
     """
     start, seconds = float(start), float(seconds or 0)
     clip = f"a clip of {seconds:g} s from {start:g} s"
     require(0 <= start and 0 <= seconds and (seconds or not start), f"{clip}: say both, neither below 0")
-    if not isinstance(item, FILE):
-        return read_part(open_samples(item, rate), start, seconds)
-    with io.BytesIO(item) if isinstance(item, bytes) else open(plain_file(item), "rb") as file:
-        return read_part(open_wav(file) or open_compressed(item), start, seconds)
+    if isinstance(item, FILE):
+        with io.BytesIO(item) if isinstance(item, bytes) else open(plain_file(item), "rb") as file:
+            sound = Sound(*(open_wav(item, file) or open_compressed(item)))
+    else:
+        sound = Sound(*open_samples(item, rate))
+    return sound.cut(start, seconds) if seconds and max(start, seconds + 1) < sound.seconds else sound
 
 
-def read_part(sound, start, seconds):
-    """A clip of an open sound, or all of it, at 16 kHz: the same samples whether the rest is read or not.
+class Sound:
+    """A waveform (channels, T) at 16 kHz that is decoded where it is sliced: sound[:1, 32000:64000].
 
-    sound: its rate (Hz), channels, duration (s), and the function samples(begin, end) -> (channels, T).
+    A slice equals that of the whole to 1e-5. rate: Hz, as it is stored, of `seconds` s; samples(begin, end,
+    channels) -> (channels, T) at that rate. Slicing raises DataError if there are no samples, too many, or
+    any that is not finite. T is a guess where a file does not state its length.
     """
-    rate, channels, duration, samples = sound
-    require(1000 <= rate <= 768_000, f"a sample rate of {rate} Hz")
-    ratio = Fraction(rate, SAMPLE_RATE)
-    old, new, reach = grid(ratio)
-    # the part wanted, in samples at 16 kHz: all of it, and one more than may be
-    first, last = 0, MAX_SAMPLES + 1
-    if seconds and start < duration and seconds + 1 < duration:
-        first, last = round(start * SAMPLE_RATE), round((start + seconds) * SAMPLE_RATE)
-    # the part read, in the file's own: from where both grids meet, and as far around as the filter reaches
-    begin = max(0, first // new * old - reach)
-    end = (last // new + 1) * old + reach
-    wave = samples(begin, min(end, begin + MAX_SAMPLES // channels + 1))
-    require(wave.shape[1], "no sound in it")
-    # a low rate multiplies the samples: they are counted as they are, and as they will be at 16 kHz
-    count = wave.numel() * max(1.0, SAMPLE_RATE / rate)
-    require(count <= MAX_SAMPLES, f"more than {MAX_SAMPLES:,} samples over all channels: give start, seconds")
-    require(wave.isfinite().all(), "samples that are not finite")
-    skip = begin // old * new
-    return resample(wave, ratio)[:, first - skip : last - skip]
+
+    is_whole = True
+
+    def __init__(self, rate, channels, seconds, samples):
+        require(1000 <= rate <= 768_000, f"a sample rate of {rate} Hz")
+        self.rate, self.seconds, self.samples = rate, seconds, samples
+        self.ratio = Fraction(rate, SAMPLE_RATE)
+        self.first, self.shape = 0, (channels, math.ceil(seconds * SAMPLE_RATE))
+
+    def cut(self, start, seconds):
+        """Keeps a clip as the whole sound; returns it."""
+        self.first, self.seconds = round(start * SAMPLE_RATE), min(seconds, self.seconds - start)
+        last = min(round((start + seconds) * SAMPLE_RATE), self.shape[1])
+        self.shape, self.is_whole = (self.shape[0], last - self.first), False
+        return self
+
+    @property
+    def is_large(self):
+        """Whether it has more samples than may be decoded at once; a low rate multiplies them at 16 kHz."""
+        return self.shape[0] * self.seconds * max(self.rate, SAMPLE_RATE) > MAX_SAMPLES
+
+    def __getitem__(self, places):
+        channels, time = len(range(*places[0].indices(self.shape[0]))), places[1]
+        length = self.shape[1]
+        first, last, _ = time.indices(length)
+        if time.stop is None and self.is_whole:
+            last = MAX_SAMPLES + 1  # the whole is decoded to its true end
+        wave = self.decode(self.first + first, self.first + last, channels)
+        if first and wave.shape[1] < min(last, length) - first:  # its length was a guess
+            whole = self.decode(self.first, MAX_SAMPLES + 1, channels)
+            self.shape = self.shape[0], whole.shape[1]
+            wave = whole[:, first:last]
+            # a clip that would begin beyond the end ends there
+            return wave if wave.shape[1] else whole[:, first - last :]
+        return wave
+
+    def decode(self, first, last, channels):
+        """Samples first to last at 16 kHz, of the first channels: the same whatever else is read."""
+        old, new, reach = grid(self.ratio)
+        # in the file's own samples: from where both grids meet, and as far around as the filter reaches
+        begin = max(0, first // new * old - reach)
+        end = (last // new + 1) * old + reach
+        wave = self.samples(begin, min(end, begin + MAX_SAMPLES // channels + 1), channels)
+        require(wave.shape[1], "no sound in it")
+        # a low rate multiplies the samples: they are counted as they are, and as they will be at 16 kHz
+        count = wave.numel() * max(1.0, SAMPLE_RATE / self.rate)
+        require(count <= MAX_SAMPLES, f"more than {MAX_SAMPLES:,} samples over all channels: "
+                "give start, seconds")
+        require(wave.isfinite().all(), "samples that are not finite")
+        skip = begin // old * new
+        return resample(wave, self.ratio)[:, first - skip : last - skip]
 
 
 def open_samples(x, rate):
-    """Samples in memory opened for read_part; integers are brought to -1..1 by what they can hold."""
+    """Samples in memory, as Sound takes them; integers are brought to -1..1 by what they can hold."""
     x = np.atleast_2d(np.asarray(x))
     require(rate and x.ndim == 2 and x.dtype.kind in "iuf" and (x.dtype.kind == "f" or x.itemsize < 8),
             f"samples are (channels, T), with their rate in Hz, not {x.shape} with rate={rate}")
@@ -307,11 +377,11 @@ def open_samples(x, rate):
     wave = torch.from_numpy(x.astype(np.float32))
     if x.dtype.kind in "iu":
         wave = wave / 2 ** (8 * x.dtype.itemsize - 1) - float(x.dtype.kind == "u")
-    return int(rate), len(x), x.shape[1] / rate, lambda begin, end: wave[:, begin:end]
+    return int(rate), len(x), x.shape[1] / rate, lambda begin, end, n: wave[:n, begin:end]
 
 
-def open_wav(file):
-    """A WAV file opened for read_part: PCM of 8 to 32 bits, floats, ADPCM. None for what is torchcodec's.
+def open_wav(item, file):
+    """An open WAV file, as Sound takes it: PCM of 8 to 32 bits, floats, ADPCM. None for what is torchcodec's.
 
     Our own because the standard library's `wave` refuses float samples and, before Python 3.12, the
     "extensible" header of most 24-bit files; another library would be one more dependency.
@@ -335,12 +405,14 @@ def open_wav(file):
     require(readable, f"WAV format {kind} with {bits} bits, {channels} channels at {rate} Hz is not read")
     blocks = size // block  # a file cut short may end inside one
 
-    def samples(begin, end):
+    def samples(begin, end, wanted):
         first, last = begin // each, min(math.ceil(end / each), blocks)
-        file.seek(at + first * block)
-        raw = file.read(max(0, last - first) * block)
-        wave = from_blocks(raw, form, block, each) if each > 1 else from_pcm(raw, kind, bits, channels)
-        return wave[:, begin - first * each : end - first * each]
+        with io.BytesIO(item) if isinstance(item, bytes) else open(item, "rb") as file:
+            file.seek(at + first * block)
+            raw = file.read(max(0, last - first) * block)
+        if each == 1:
+            return from_pcm(raw, kind, bits, channels, wanted)
+        return from_blocks(raw, form, block, each)[:wanted, begin - first * each : end - first * each]
 
     return rate, channels, blocks * each / max(rate, 1), samples
 
@@ -368,18 +440,18 @@ def wav_chunks(file):
     raise DataError("a WAV file without format or data")
 
 
-def from_pcm(raw, kind, bits, channels):
-    """The bytes of a WAV file's samples -> (channels, T) float32 in -1..1."""
+def from_pcm(raw, kind, bits, channels, wanted):
+    """The bytes of a WAV file's samples -> the first channels (wanted, T), float32 in -1..1."""
     dtype, scale = WAV_FORMATS[kind, bits]
     samples = np.frombuffer(raw, dtype)
     if bits == 24:
         samples = np.pad(samples.reshape(-1, 3), ((0, 0), (1, 0)))  # (samples, 4) bytes, the lowest 0
-        samples = samples.view("<i4").ravel()
-    wave = samples.astype(np.float32)
+        samples = samples.view("<i4")
+    wave = samples.reshape(-1, channels).T[:wanted].astype(np.float32, order="C")  # stored as (T, channels)
     if bits == 8:  # unsigned, with silence at 128
         wave -= 128
     wave *= np.float32(scale)
-    return torch.from_numpy(np.ascontiguousarray(wave.reshape(-1, channels).T))  # stored as (T, channels)
+    return torch.from_numpy(wave)
 
 
 def from_blocks(raw, form, block, each):
@@ -402,19 +474,24 @@ def from_blocks(raw, form, block, each):
 
 
 def open_compressed(item):
-    """A sound file that FFmpeg reads, given by its path or as bytes, opened for read_part."""
+    """A sound file that FFmpeg reads, given by its path or as bytes, as Sound takes it."""
     source = item if isinstance(item, bytes) else str(item)  # from a path it reads what it needs
-    decoder = import_torchcodec().decoders.AudioDecoder(source)
-    metadata, rate = decoder.metadata, decoder.metadata.sample_rate
+    open_decoder = import_torchcodec().decoders.AudioDecoder
+    unused = [open_decoder(source)]  # one that was used may begin elsewhere
+    metadata, rate = unused[0].metadata, unused[0].metadata.sample_rate
     origin = metadata.begin_stream_seconds or 0.0  # of an MP3 some hundredths of a second
+    # A decoder begins half a second early, to get into its stride; within the first minute at the very
+    # beginning, because AAC's makes noise of its own, and in some containers a seek misses.
+    exact = rate * (0.5 if metadata.codec in ("flac", "mp3") else 60)
 
-    def samples(begin, end):
-        early = max(0, begin - rate)  # a second for the decoder to get into its stride
-        found = decoder.get_samples_played_in_range(origin + early / rate, origin + end / rate)
-        early = round((found.pts_seconds - origin) * rate)  # where it really begins
-        return found.data[:, max(0, begin - early) : end - early].float()
+    def samples(begin, end, wanted):
+        early = 0 if begin < exact else begin - rate // 2
+        decoder = unused.pop() if unused else open_decoder(source)
+        found = decoder.get_samples_played_in_range(origin + early / rate, origin + end / rate + 0.1)
+        early = early and round((found.pts_seconds - origin) * rate)  # where it really begins
+        return found.data[:wanted, max(0, begin - early) : end - early].float()
 
-    duration = metadata.duration_seconds or decoder.get_all_samples().duration_seconds
+    duration = metadata.duration_seconds or open_decoder(source).get_all_samples().duration_seconds
     return rate, metadata.num_channels, duration, samples
 
 
@@ -429,10 +506,16 @@ def resample(wave, ratio, block=2**20):
     parts = []
     for start in range(0, wave.shape[1], block):
         first = max(0, start - reach)
-        part = torchaudio.functional.resample(wave[:, first : start + block + reach], old, new)
+        part = resampler(old, new)(wave[:, first : start + block + reach])
         skip = (start - first) // old * new  # of the margin before the block
         parts.append(part[:, skip : skip + block // old * new])
     return torch.cat(parts, dim=1)
+
+
+@lru_cache(maxsize=8)
+def resampler(old, new):
+    """torchaudio's functional.resample with its filter computed once."""
+    return torchaudio.transforms.Resample(old, new, dtype=torch.float32)
 
 
 def grid(ratio):
@@ -566,3 +649,5 @@ def read_numbers(content):
 
 READERS = {"image": read_image, "text": read_text, "audio": read_audio, "depth": read_depth,
            "thermal": read_thermal, "imu": read_imu, "video": read_video}
+# The same, but nothing of a picture or a sound is decoded yet
+OPENERS = READERS | {"image": open_picture, "audio": open_sound}

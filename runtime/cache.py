@@ -4,6 +4,7 @@ A frozen encoder gives the same embedding for the same picture in every epoch. T
 each item (evaluation's, and augmented ones), and from then on a run touches neither the files nor the tower.
 """
 
+import copy
 import hashlib
 
 import torch
@@ -56,7 +57,7 @@ class CachedViews(Samples):
         return self.sample(index, rng, view)
 
 
-def cache_anchor(args, run, model, anchor, source, augment, amp):
+def cache_anchor(args, run, model, anchor, source, augment):
     """The cache of --cache-anchor views of the frozen anchor, beside the run; makes what is missing.
 
     Its folder's name is a digest of everything that an embedding depends on: stale caches are never used, and
@@ -66,7 +67,8 @@ def cache_anchor(args, run, model, anchor, source, augment, amp):
     if run.main:
         code = code_digest(*TOY_CODE, "files/*.py", "sources/*.py", "runtime/cache.py")
         weights = weights_digest(encoder)
-        made_from = (source.fingerprint(anchor), weights, encoder.config, anchor, views, augment, amp, code)
+        made_from = (source.fingerprint(anchor), weights, encoder.config, anchor, views, augment, model.amp,
+                     code)
         name = [hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]]
     if processes() > 1:
         dist.broadcast_object_list(name)
@@ -80,12 +82,12 @@ def cache_anchor(args, run, model, anchor, source, augment, amp):
         if STOP.is_set:
             raise RunError(f"stopped with {done} of {len(missing)} files of embeddings made and kept; "
                            f"resume: {run.resume_command()}")
-        unread += make_part(cache, part, model, batches, amp)
+        unread += make_part(cache, part, model, batches)
     run.add_bad_items(unread)  # collective, so that nobody goes on before all are here
     return cache
 
 
-def make_part(cache, part, model, batches, amp):
+def make_part(cache, part, model, batches):
     """Embeds a part and writes its file; returns the Bad items, whose embeddings are NaN."""
     encoder = model.encoder(cache.modality)
     indices = torch.tensor(cache.source.indices_of_part(part))
@@ -97,14 +99,23 @@ def make_part(cache, part, model, batches, amp):
         if batch is None:
             continue
         places = torch.searchsorted(indices, batch["index"])
-        with torch.autocast(encoder.pos.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            z[places, keys[0][0]] = model.embed(cache.modality, batch[cache.modality]).cpu()
+        z[places, keys[0][0]] = model.embed(cache.modality, batch[cache.modality]).cpu()
     save_atomic({"indices": indices, "embeddings": z}, cache.path(part))
     return unread
 
 
-def without_anchor(model, anchor):
-    """The same encoders, but for the anchor's: a batch holds its embeddings already."""
+def with_anchor(model, anchor, encoder):
+    """The same encoders, but for the frozen anchor's, in whose place another stands."""
     rest = ImageBind([])
-    rest.encoders.update({**model.encoders, encoder_of(anchor): torch.nn.Identity()})
+    rest.encoders.update({**model.encoders, encoder_of(anchor): encoder})
+    rest.amp = model.amp
     return rest
+
+
+def in_type(encoder, amp):
+    """A copy of a frozen encoder, its matrices in the type of --amp: autocast would make it at every pass."""
+    encoder = copy.deepcopy(encoder)
+    for layer in encoder.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.to(amp)
+    return encoder

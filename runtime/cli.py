@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from clip_weights import load_pretrained
 from files.errors import DataError, require
-from loss import MAX_LOGIT_SCALE
+from loss import MAX_LOGIT_SCALE, processes
 from model import MODALITIES
 
 # Wrong use is said as what is wrong with a file: one line, exit status 2
@@ -147,10 +147,25 @@ def start_processes(device):
         dist.init_process_group(backend, timeout=timedelta(hours=1))  # rank 0 evaluates alone meanwhile
 
 
+def from_all(thing):
+    """What each process brings, in order of rank. Collective."""
+    things = [thing]
+    if processes() > 1:
+        things = [None] * processes()
+        dist.all_gather_object(things, thing)
+    return things
+
+
+PRECISIONS = ("auto", "off", "tf32", "bf16", "fp16")
+
+
 def choose_amp(name, device):
-    """The type that --amp names, None for float32; auto: bf16 on CUDA alone."""
-    types = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return types[name if name != "auto" else "bf16" if device.type == "cuda" else "off"]
+    """The type that --amp names, None for float32; auto: on CUDA alone, fp16 where bf16 would be emulated."""
+    if name == "tf32":  # float32 whose products are rounded to 10 bits, on GPUs that can
+        torch.set_float32_matmul_precision("high")
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
 def add_checkpoint(add):
@@ -158,6 +173,7 @@ def add_checkpoint(add):
     add("--checkpoint", type=filled, help="a run, a file or a name, as --clip takes; default: newest run")
     add("--heads", type=parse_heads, help="attention heads where no file says: image=16,text=12")
     add("--activation", choices=("gelu", "quick_gelu"), help="of a CLIP where no file says")
+    add("--amp", choices=PRECISIONS, default="off", help="less than float32, faster (default: off)")
 
 
 def open_checkpoint(args):
@@ -165,7 +181,9 @@ def open_checkpoint(args):
     name = args.checkpoint or newest_run()
     if args.checkpoint is None:
         print(f"checkpoint: {name}")
-    return load_model(name, args.heads, args.activation).to(choose_device())
+    model = load_model(name, args.heads, args.activation).to(choose_device())
+    model.amp = choose_amp(args.amp, choose_device())
+    return model
 
 
 def load_model(name, heads=None, activation=None):

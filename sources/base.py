@@ -51,6 +51,10 @@ class Source:
     def read(self, index, modality):
         """The plain form of one modality (see files/decode.py). Raises DataError."""
 
+    def open(self, index, modality):
+        """The same, or a picture or Sound of which nothing is decoded yet (OPENERS in files/decode.py)."""
+        return self.read(index, modality)
+
     def name(self, index):
         """What messages call a sample: its file and line."""
 

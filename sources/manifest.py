@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files.decode import MAX_ROW, READERS, DataError, errors_named, read_bytes, read_caption, require
+from files.decode import MAX_ROW, OPENERS, READERS, DataError, errors_named, read_bytes, read_caption, require
 from model import MODALITIES
 from sources.base import COLUMN_OF, Source
 
@@ -162,14 +162,17 @@ class Table(Source):
         there = modality == "text" or any(self.locate(cell).exists() for cell in cells)
         require(there, f"none of the first {len(cells)} {modality} files exists: {self.root / cells[0]}")
 
-    def read(self, index, modality):
+    def open(self, index, modality):
+        return self.read(index, modality, OPENERS)
+
+    def read(self, index, modality, readers=READERS):
         row = self.row(index)
         cell = row.get(modality, "")
         require(cell, f"{modality} is empty")
         with errors_named(cell):
             if modality == "text":
                 return READERS["text"](cell)
-            return read_file(modality, self.locate(cell), row)
+            return read_file(modality, self.locate(cell), row, readers)
 
 
 def first_connected(keys, n):
@@ -236,22 +239,23 @@ OPTIONS = {
 }
 
 
-def read_file(modality, path, row):
+def read_file(modality, path, row, readers=READERS):
     """The plain form of a file, or of the part of it that the row means. Raises DataError."""
     columns = [column for column in OPTIONS.get(modality, {}) if row.get(column)]
     options = {OPTIONS[modality][column]: float(row[column]) for column in columns}  # of the reader
     if modality in ("image", "thermal", "depth"):
         options |= {"whole": True} if modality == "image" and row.get("box") else {}  # whose pixels it counts
-        x = READERS[modality](path, **options)
-        return cut_box(x, row["box"]) if row.get("box") else x
+        if row.get("box"):
+            return cut_box(READERS[modality](path, **options), row["box"])
+        return readers[modality](path, **options)
     if not row.get("start"):  # `seconds` alone is only a fact about the file
-        return READERS[modality](path)
+        return readers[modality](path)
     require(row.get("seconds"), f"start is {row['start']}, but seconds is empty: a clip needs both")
     start, seconds = float(row["start"]), float(row["seconds"])
     if modality == "imu":
         return READERS["imu"](imu_window(path, start, seconds) if path.suffix.lower() == ".csv" else path)
     if modality == "audio":
-        return READERS["audio"](path, start, seconds)
+        return readers["audio"](path, start, seconds)
     x = READERS["video"](path)
     first, last = round(start * x.fps), round((start + seconds) * x.fps)
     # Data sets of clips lie on disks as clips or as whole recordings: a file that is longer than the clip by

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files.decode import MAX_BYTES, READERS, read_caption, require
+from files.decode import MAX_BYTES, OPENERS, READERS, read_caption, require
 from model import MODALITIES
 from sources.base import COLUMN_OF, Source
 
@@ -183,11 +183,14 @@ class Shards(Source):
                 row[column] = read_caption(self.content(index, column))
         return row
 
-    def read(self, index, modality):
+    def read(self, index, modality, readers=READERS):
         content = self.content(index, modality)
         if modality == "text":
             return read_caption(content)
-        return READERS[modality](content)
+        return readers[modality](content)
+
+    def open(self, index, modality):
+        return self.read(index, modality, OPENERS)
 
 
 def shuffled(indices, rng):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import data
+from files import decode
 from files.decode import read_image
 from files.errors import DataError
 from sources import open_data
@@ -162,7 +163,7 @@ def test_sounds_in_memory_give_the_tensor_of_their_file():
     assert data.load("audio", floats[:, 0], rate=44100).shape == (3, 1, 128, 204)
     unsigned = (WAVE // 256 + 128).astype(np.uint8)
     expected = torch.from_numpy(unsigned.T / np.float32(128) - 1)
-    assert torch.allclose(data.READERS["audio"](unsigned, rate=16000), expected)
+    assert torch.allclose(decode.READERS["audio"](unsigned, rate=16000), expected)
     for options, reason in (({}, "rate"), ({"rate": 0}, "rate"), ({"rate": 10**9}, "sample rate")):
         with pytest.raises(DataError, match=f"these audio data: .*{reason}"):
             data.load("audio", floats, **options)
@@ -174,7 +175,7 @@ def test_frames_in_memory_are_a_video():
     assert x.shape == (15, 3, 2, 224, 224)
     for same in (torch.from_numpy(frames).permute(0, 3, 1, 2), [Image.fromarray(frame) for frame in frames]):
         assert torch.equal(data.load("video", same, fps=4), x)
-    video = data.READERS["video"](frames, fps=4)
+    video = decode.READERS["video"](frames, fps=4)
     assert torch.equal(video.cut(5, 9).frames([0, 3])[1], torch.from_numpy(frames[8]).permute(2, 0, 1))
     for wrong, fps in ((frames, None), (frames, 0), (frames[0], 4)):
         with pytest.raises(DataError, match="these video data: .*fps"):
@@ -258,7 +259,7 @@ def test_a_clip_of_a_compressed_sound_is_the_same_part_of_the_whole(tmp_path, en
     path = tmp_path / f"a.{ending}"
     chirp = "aevalsrc=sin(2*PI*(100+100*t)*t)*0.5:s=48000:d=9"
     subprocess.run(["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", chirp, str(path)], check=True)
-    read = data.READERS["audio"]
+    read = decode.READERS["audio"]
     whole, clip = read(path), read(path, start=4, seconds=2)
     assert clip.shape[1] == 32000
     distance = [(whole[0, 64000 + by : 96000 + by] - clip[0]).abs().mean() for by in range(-400, 400, 4)]
@@ -270,4 +271,4 @@ def test_a_wav_whose_size_was_never_written_is_read_to_its_end():
     at = content.index(b"data") + 4
     for size in (0, 2**32 - 1):
         streamed = content[:at] + size.to_bytes(4, "little") + content[at + 4 :]
-        assert torch.equal(data.READERS["audio"](streamed), data.READERS["audio"](content))
+        assert torch.equal(decode.READERS["audio"](streamed), decode.READERS["audio"](content))

@@ -84,7 +84,6 @@ def loaded(path, modality, content, **options):
         ("imu", "a.npy", damage.npy(np.full((6, 9), np.nan)), "not finite"),
         ("imu", "a.csv", b"1,2,3,4,5,nan\n" * 9, "not finite"),
         ("audio", "a.wav", damage.wav(np.tile(np.float32([3e38, -3e38]), 4500), kind=3), "not finite"),
-        ("audio", "a.wav", damage.wav(np.zeros(3_000_000, np.int16), 1000), "samples over all channels"),
     ],
 )
 def test_absurd_files_are_refused_with_the_reason(tmp_path, modality, name, content, reason):
@@ -261,7 +260,7 @@ def test_two_runs_are_the_same_and_say_what_they_were_made_with(run, tmp_path):
     folders = [run(*options, out=tmp_path / name) for name in "ab"]
     first, second = (
         [
-            {key: value for key, value in json.loads(line).items() if key != "seconds"}
+            {key: value for key, value in json.loads(line).items() if key not in ("seconds", "waiting")}
             for line in (folder / "log.jsonl").read_text().splitlines()
         ]
         for folder in folders
