@@ -12,11 +12,8 @@ the disparity (H, W), NaN where nothing was measured, thermal (H, W) in 0..1, im
     python data.py SPEC       # looks at whatever --data takes, and says which command would use it
 """
 
-import collections
 import itertools
 import math
-import os
-import signal
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -37,7 +34,6 @@ AUDIO_MEAN, AUDIO_STD = -4.268, 9.138  # of log-mel energies on AudioSet
 DEPTH_MEAN, DEPTH_STD = 0.0418, 0.0295  # of disparities, in the units of files/decode.py's to_disparity
 CLIP_SECONDS = 2  # of sound and video that an encoder sees at once
 AUDIO_CLIPS, VIDEO_CLIPS = 3, 5  # of one item in evaluation; their embeddings are averaged
-PART = 64  # samples that a loader process makes at once
 
 
 def load(modality, item, config=None, **options):
@@ -78,8 +74,7 @@ def transform(modality, x, config, rng=None, view=None):
 
 def evaluate_image(x, config):
     """A picture, (H, W, 3) uint8 or not yet decoded -> (3, size, size)."""
-    x = pixels(x) if isinstance(x, Image.Image) else x
-    picture = resize_and_crop(Image.fromarray(x), config.input_shape[-1])
+    picture = resize_and_crop(Image.fromarray(pixels(x)), config.input_shape[-1])
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return normalise(x.float() / 255, config)
 
@@ -594,56 +589,7 @@ def batches_of_items(rows, items, batch_size):
         yield list(batch.values())
 
 
-def load_batches(samples, keys, workers, device):
-    """Batches of tensors on the device, each with the Bad items it lacks, made ahead by `workers` processes.
-
-    workers: None for one per CPU core of this process. They make parts of a batch, together one batch ahead:
-    a whole batch in each, of 2048 pictures and sounds, would take 46 GB for 16 of them.
-    """
-    workers = cores() if workers is None else workers
-    keys = iter(keys)
-    first = next(keys, [])
-    waiting = collections.deque()  # number of parts of each batch that the loader has asked for
-
-    def parts():
-        for batch in itertools.chain([first], keys):
-            waiting.append(math.ceil(len(batch) / PART))
-            for at in range(0, len(batch), PART):
-                yield batch[at : at + PART]
-
-    ahead = max(2, math.ceil(len(first) / PART / workers)) if workers else None  # parts of each process
-    loader = iter(torch.utils.data.DataLoader(
-        samples, batch_sampler=parts(), num_workers=workers, prefetch_factor=ahead, collate_fn=collate,
-        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
-    for part in loader:
-        of_batch = [part, *itertools.islice(loader, waiting.popleft() - 1)]
-        yield join_parts(of_batch, device)
-
-
-def join_parts(parts, device):
-    """One batch of several that collate made, on the device but for its "index"."""
-    bad = [item for _, items in parts for item in items]
-    good = [batch for batch, _ in parts if batch is not None]
-    batch = {}
-    for key in good[0] if good else ():
-        place = "cpu" if key == "index" else device
-        batch[key] = torch.cat([part[key].to(place, non_blocking=True) for part in good])
-    return batch or None, bad
-
-
-def cores():
-    """CPU cores that this process may use, shared out among torchrun's processes on this machine."""
-    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(16, every // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def ignore_signals(worker):
-    """In loader processes: a signal to the whole group ends the run through the main process alone."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 if __name__ == "__main__":
-    from runtime.look import main
+    from examples.look import main
 
     main()

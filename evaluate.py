@@ -33,21 +33,15 @@ from loss import processes, rank, row_slices
 from model import MODALITIES, encoder_of, trained_pairs
 from runtime import cli
 from runtime.cli import UsageError
+from runtime.loader import load_batches
 from runtime.results import left_out, show
 from sources import DATASETS, open_data
 
 # How many scores of queries and gallery are in memory: 64 MB in float32
 SCORES_AT_ONCE = 2**24
 
-# Prompts for each modality where CLIP's cannot be had; {} is the class
-TEMPLATES = {
-    "image": ["a photo of a {}.", "a picture of the {}.", "a close-up of a {}.", "this is a {}."],
-    "video": ["a video of {}.", "a clip of a person {}.", "someone is {}.", "a person doing {}.", "{}."],
-    "audio": ["the sound of {}.", "a recording of {}.", "you can hear {}.", "{} in the background.", "{}."],
-    "depth": ["a depth map of a {}.", "a photo of a {}.", "the shape of a {}.", "{}."],
-    "thermal": ["a thermal picture of a {}.", "an infrared photo of a {}.", "a {} in the street."],
-    "imu": ["a person doing {}.", "someone is moving: {}.", "a video from a head camera of {}.", "{}."],
-}
+# Prompts for every modality where CLIP's cannot be had; {} is the class
+TEMPLATES = ("a photo of a {}.", "a picture of the {}.", "this is a {}.", "the sound of {}.", "{}.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,7 +198,7 @@ def embed_samples(embed, samples, modality, batch_size, workers, limit=None):
     indices, items = (numbers[:limit] for numbers in source.items(modality))
     order = indices[indices == items].tolist()
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    loaded = data.load_batches(samples, batches[rank() :: processes()], workers, cli.choose_device())
+    loaded = load_batches(samples, batches[rank() :: processes()], workers, cli.choose_device())
 
     def embed_next(_):
         # A batch lacks the items that cannot be read; one of these alone is None.
@@ -315,7 +309,7 @@ def prompts_for(model, source, modality):
     if source.templates:
         return source.templates
     of_clip = model.encoder("text").config.vocab > 514 and prompts_of_clip()
-    return of_clip[0] if of_clip else TEMPLATES[modality]
+    return of_clip[0] if of_clip else TEMPLATES
 
 
 @lru_cache(maxsize=None)

@@ -35,6 +35,7 @@ from model import MODALITIES, PRESETS, ImageBind, encoder_of, preset
 from runtime import cli
 from runtime.cache import cache_anchor, in_type, with_anchor
 from runtime.cli import RunError, UsageError
+from runtime.loader import load_batches
 from runtime.results import left_out, show_summary
 from runtime.run import STOP, Run, new_folder, options_of_run, wait_for_all
 from sources import open_data
@@ -292,7 +293,8 @@ def train_pair(args, run, model, pair, has_weights, device, saved=None):
             model.pairs[name] = min(1 / figures["temperature"], MAX_LOGIT_SCALE)
             figures["waiting"] = waited / (time.monotonic() - begun)  # share of the time, for data
             run.log(event="step", pair=name, step=step, **figures, lr=lr, bad=counts["bad"])
-            progress.set_postfix_str(progress_line(figures, counts, progress, settings), refresh=False)
+            shown = {key: f"{value:.3g}" for key, value in figures.items()} | counts
+            progress.set_postfix(shown, refresh=False)
         progress.update()
         # Evaluate now and then, to see alignment emerge.
         if args.eval_every and step % args.eval_every == 0:
@@ -344,7 +346,7 @@ def training_batches(args, run, model, pair, frozen, source, settings, start):
     keys = data.batch_keys(source, settings["batch_size"], epochs, settings["replicate"], args.seed,
                            start, rank(), processes(), pair)
     samples = data.Samples(source, configs, args.seed, cache, settings["augment"])
-    return learning, data.load_batches(samples, keys, args.workers, device)
+    return learning, load_batches(samples, keys, args.workers, device)
 
 
 def next_batch(batches, run, counts, max_bad):
@@ -365,15 +367,6 @@ def next_batch(batches, run, counts, max_bad):
         raise RunError(f"{counts['bad']} of {counts['seen']} items cannot be read, "
                        f"more than --max-bad {max_bad:g}: see {run.folder / 'bad_items.txt'}")
     return (None if empty else batch), bool(stop)
-
-
-def progress_line(figures, counts, progress, settings):
-    """What stands behind the progress bar."""
-    steps_a_second = progress.format_dict["rate"] or 0
-    bad = f", {counts['bad']} bad" if counts["bad"] else ""
-    return (f"loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.0%}, "
-            f"temperature {figures['temperature']:.3f}, waiting for data {figures['waiting']:.0%}, "
-            f"{steps_a_second * settings['batch_size']:.0f} pairs/s{bad}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
+from files.decode import pixels  # noqa: E402
 from loss import row_slices  # noqa: E402
 from model import MODALITIES  # noqa: E402
 from runtime import cli  # noqa: E402
@@ -29,6 +30,7 @@ class PictureParts(data.Samples):
     """Evaluation tensors (K, 3, H, W) of the K PARTS of each picture."""
 
     def tensor(self, x, modality, config, rng, view):
+        x = pixels(x)
         boxes = [part.box(*x.shape[:2]) for part in PARTS]
         return torch.stack([data.transform(modality, x[box], config) for box in boxes])
 

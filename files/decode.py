@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchaudio
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from files.errors import DataError, errors_named, require  # noqa: F401
 
@@ -135,12 +135,17 @@ def read_image(item, whole=False):
 def pixels(picture, box=None, side=1):
     """(H, W, 3) uint8 of what open_picture gives, or of the rows and columns of it that box(H, W) names.
 
+    What has these pixels already, an array, comes back as it is.
+
     side: with a box, a JPEG is decoded at a half, a quarter or an eighth where each side of the box keeps so
     many pixels.
     """
+    if not isinstance(picture, Image.Image):
+        return picture
     if box and picture.format in ("JPEG", "MPO") and not picture.decoderconfig:  # not halved already
-        size = picture.size[::-1] if is_turned(picture) else picture.size
-        least = min(part.stop - part.start for part in box(size[1], size[0]))
+        # it may lie on its side: of both ways that the box may lie in it, the one with the shortest side
+        shapes = (picture.size, picture.size[::-1])
+        least = min(part.stop - part.start for shape in shapes for part in box(*shape))
         picture.draft(None, (picture.width * side // least, picture.height * side // least))
     picture = upright(picture)
     width, height = picture.size
@@ -159,13 +164,6 @@ def upright(picture):
     with suppress(Exception):
         ImageOps.exif_transpose(picture, in_place=True)
     return picture
-
-
-def is_turned(picture):
-    """Whether its EXIF orientation swaps width and height."""
-    with suppress(Exception):
-        return picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
-    return False
 
 
 def to_rgb(picture):
@@ -205,11 +203,10 @@ class Video:
         require(self.count and self.fps, "no frames in it")
 
     def open(self, source):
-        """torchcodec's decoder. Of a large file it trusts the header: to count frames it would read it all."""
+        """torchcodec's decoder. Of a large file it trusts the header: to count its frames it reads it all."""
         decoder = import_torchcodec().decoders.VideoDecoder
-        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-        with suppress(ValueError, RuntimeError):  # a header may not tell
-            if size > LARGE_VIDEO:
+        if isinstance(source, str) and Path(source).stat().st_size > LARGE_VIDEO:
+            with suppress(ValueError, RuntimeError):  # a header may not tell
                 return decoder(source, seek_mode="approximate")
         return decoder(source)
 
@@ -337,18 +334,14 @@ class Sound:
         return self.shape[0] * self.seconds * max(self.rate, SAMPLE_RATE) > MAX_SAMPLES
 
     def __getitem__(self, places):
-        channels, time = len(range(*places[0].indices(self.shape[0]))), places[1]
-        length = self.shape[1]
-        first, last, _ = time.indices(length)
-        if time.stop is None and self.is_whole:
-            last = MAX_SAMPLES + 1  # the whole is decoded to its true end
+        channels = places[0].stop or self.shape[0]
+        first, last, _ = places[1].indices(self.shape[1])
+        if places[1].stop is None and self.is_whole:
+            last = MAX_SAMPLES + 1  # to its true end
         wave = self.decode(self.first + first, self.first + last, channels)
-        if first and wave.shape[1] < min(last, length) - first:  # its length was a guess
-            whole = self.decode(self.first, MAX_SAMPLES + 1, channels)
-            self.shape = self.shape[0], whole.shape[1]
-            wave = whole[:, first:last]
-            # a clip that would begin beyond the end ends there
-            return wave if wave.shape[1] else whole[:, first - last :]
+        if first and wave.shape[1] < (last - first) / 2:  # its length was a bad guess: a clip from its end
+            wave = self.decode(self.first, MAX_SAMPLES + 1, channels)[:, first - last :]
+        require(wave.shape[1], "no sound in it")
         return wave
 
     def decode(self, first, last, channels):
@@ -358,14 +351,12 @@ class Sound:
         begin = max(0, first // new * old - reach)
         end = (last // new + 1) * old + reach
         wave = self.samples(begin, min(end, begin + MAX_SAMPLES // channels + 1), channels)
-        require(wave.shape[1], "no sound in it")
         # a low rate multiplies the samples: they are counted as they are, and as they will be at 16 kHz
         count = wave.numel() * max(1.0, SAMPLE_RATE / self.rate)
-        require(count <= MAX_SAMPLES, f"more than {MAX_SAMPLES:,} samples over all channels: "
-                "give start, seconds")
+        require(count <= MAX_SAMPLES, f"more than {MAX_SAMPLES:,} samples at once: give start and seconds")
         require(wave.isfinite().all(), "samples that are not finite")
         skip = begin // old * new
-        return resample(wave, self.ratio)[:, first - skip : last - skip]
+        return resample(wave, self.ratio)[:, first - skip : last - skip] if wave.shape[1] else wave
 
 
 def open_samples(x, rate):
@@ -487,7 +478,11 @@ def open_compressed(item):
     def samples(begin, end, wanted):
         early = 0 if begin < exact else begin - rate // 2
         decoder = unused.pop() if unused else open_decoder(source)
-        found = decoder.get_samples_played_in_range(origin + early / rate, origin + end / rate + 0.1)
+        try:
+            found = decoder.get_samples_played_in_range(origin + early / rate, origin + end / rate + 0.1)
+        except RuntimeError:
+            require(begin, "no sound can be decoded")
+            return torch.empty(wanted, 0)  # beyond its end
         early = early and round((found.pts_seconds - origin) * rate)  # where it really begins
         return found.data[:wanted, max(0, begin - early) : end - early].float()
 

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Samples, cached_view, load_batches
+from data import Samples, cached_view
 from files.checkpoints import read_checkpoint, save_atomic, weights_digest
 from files.errors import require
 from loss import processes, rank
 from model import ImageBind, encoder_of
 from runtime.cli import RunError
+from runtime.loader import load_batches
 from runtime.run import STOP, TOY_CODE, code_digest
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import data
 from files import decode
-from files.decode import DataError, Video, read_audio, read_depth, read_image, read_thermal
+from files.decode import DataError, Video, open_sound, read_audio, read_depth, read_image, read_thermal
 from model import preset
 from sources import open_data
 
@@ -225,7 +225,7 @@ def test_of_ten_minutes_of_stereo_only_the_clip_is_read(tmp_path, monkeypatch):
     time = torch.arange(160_000) / 16000
     expected = 20000 / 32768 * torch.sin(2 * torch.pi * 441 * time)
     assert (x - expected).abs()[:, 100:-100].max() < 0.002  # inside, where there is no edge
-    with pytest.raises(DataError, match="samples over all channels"):
+    with pytest.raises(DataError, match="samples at once"):
         read_audio(tmp_path / "a.wav")
 
 
@@ -297,3 +297,101 @@ def test_of_a_varying_rate_the_frames_played_then(tmp_path):
     whole = Video(tmp_path / "a.mp4")
     assert (whole.fps, whole.count) == (15.5, 310)
     assert (levels(whole.frames([0, 309])) / 10).round().tolist() == [0, 19]
+
+
+# ---------------------------------------------------------------------------------------------
+# Only what is drawn is decoded
+
+
+@pytest.mark.parametrize("options", [
+    ("wav",), ("flac",), ("mp3", "-b:a", "128k"), ("mp3", "-q:a", "4", "-write_xing", "0"),
+    ("mp3", "-b:a", "32k", "-ar", "22050"), ("m4a", "-b:a", "96k"), ("ogg",), ("mkv", "-c:a", "aac"),
+], ids=lambda options: " ".join(options))
+def test_a_slice_of_a_sound_is_cut_from_the_whole(tmp_path, options):
+    # noise as well, because AAC's decoder makes some of its own; left and right differ
+    sound = "aevalsrc=0.4*sin(300*t*t)+0.1*random(0)|0.3*sin(2000*t)+0.1*random(1):d=8:s=44100"
+    made = ffmpeg(tmp_path / f"a.{options[0]}", sound, *options[1:])
+    for item in (made, made.read_bytes()):
+        whole = read_audio(item)
+        assert len(whole) == 2 and (whole[0] - whole[1]).abs().max() > 0.2
+        for start in (16, 9_999, 60_001, 95_000):
+            for channels in (1, 2):
+                clip = open_sound(item)[:channels, start : start + 32_000]
+                assert clip.shape == (channels, 32_000)
+                assert torch.allclose(clip, whole[:channels, start : start + 32_000], atol=1e-5)
+
+
+def test_a_clip_drawn_beyond_a_wrong_length_is_the_end_of_the_sound(tmp_path):
+    # A silent beginning has a low bit rate, from which FFmpeg guesses a length of minutes.
+    silent_then_loud = "aevalsrc=gt(t\\,2)*(random(0)-0.5):d=8:s=44100"
+    made = ffmpeg(tmp_path / "a.mp3", silent_then_loud, "-q:a", "0", "-write_xing", "0")
+    whole, sound = read_audio(made), open_sound(made)
+    assert sound.seconds > 15 and whole.shape[1] < 8.2 * 16000
+    assert torch.equal(sound[:1, 200_000:232_000], whole[:, -32_000:])
+
+
+def test_training_hears_the_first_channel_at_the_drawn_moment(tmp_path):
+    samples = np.random.default_rng(0).integers(-9000, 9000, (10 * 16000, 2))
+    write_wav(tmp_path / "a.wav", samples, 16000)
+    config, read = preset("huge", "audio"), []
+    sound = open_sound(tmp_path / "a.wav")
+    samples_of = sound.samples
+    sound.samples = lambda *part: read.append(part) or samples_of(*part)
+    x = data.train_audio(sound, config, np.random.default_rng(1), data.View(moment=0.25))
+    (begin, end, channels), = read
+    assert end - begin < 32_100 and channels == 1
+    left = torch.from_numpy(samples[32000:64000, 0] / 32768).float()[None]
+    expected = data.mask_frequencies(data.log_mel(left - left.mean(), config), np.random.default_rng(1))
+    assert torch.allclose(x, expected, atol=1e-4)
+
+
+def test_a_sound_of_any_length_is_evaluated_by_its_clips(tmp_path):
+    write_wav(tmp_path / "a.wav", np.zeros((0, 2), np.int16), 16000)
+    minute = np.random.default_rng(0).integers(-9000, 9000, (60 * 16000, 2)).astype("<i2").tobytes()
+    with open(tmp_path / "a.wav", "r+b") as file:  # half an hour: 57,600,000 samples
+        file.seek(40)
+        file.write((30 * len(minute)).to_bytes(4, "little"))
+        file.seek(44 + 10 * len(minute))
+        file.write(minute)
+        file.truncate(44 + 30 * len(minute))
+    x = data.load("audio", tmp_path / "a.wav")
+    # The second of three clips begins after a third of all but 2 s, in silence; the noise comes at 600 s.
+    silence = 600 * 16000 - int(1798 / 3 * 16000)
+    noise = np.frombuffer(minute, "<i2").reshape(-1, 2)[: 32000 - silence].T
+    clip = torch.from_numpy(np.pad(noise / np.float32(32768), ((0, 0), (silence, 0))))
+    expected = data.log_mel((clip - clip.mean())[:1], preset("huge", "audio"))
+    assert x.shape == (3, 1, 128, 204) and torch.allclose(x[1], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_is_decoded_at_the_scale_that_the_crop_needs(monkeypatch, orientation):
+    # A smooth picture, whose content a coarser decoding keeps
+    y, x = np.mgrid[:1200, :1600] / 1600
+    ramp = (np.stack([x, y, 1 - x], axis=2) * 255).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(ramp, "jpeg", exif=exif, quality=95)
+    config, sizes = preset("huge", "image"), []
+    resize = data.View.resize
+    note = lambda view, x, size: sizes.append(x.shape) or resize(view, x, size)
+    monkeypatch.setattr(data.View, "resize", note)
+    for share, least in ((1.0, 300), (0.5, 300), (0.25, 300), (0.1, 120)):
+        view = data.View(width=share, height=share, x=0.3, y=0.6)
+        drawn = data.train_image(decode.open_picture(content), config, None, view)
+        whole = data.train_image(Image.fromarray(read_image(content)), config, None, view)
+        assert min(sizes[-2][2:]) == least and min(sizes[-1][2:]) == 1200 * share
+        assert (drawn - whole).abs().mean() < 0.02 and (drawn - whole).abs().max() < 0.2
+    # Evaluation decodes all of it.
+    opened = data.transform("image", decode.open_picture(content), config)
+    assert torch.equal(opened, data.transform("image", read_image(content), config))
+
+
+def test_of_a_long_video_the_clip_alone_is_read(tmp_path, monkeypatch):
+    source = "color=size=64x64:rate=25:duration=40," + GREY.format("4*mod(N,50)")
+    made = ffmpeg(tmp_path / "a.mp4", source, *LOSSLESS, "-g", "50")
+    exact = Video(made)
+    monkeypatch.setattr(decode, "LARGE_VIDEO", 1000)
+    video = Video(made)
+    assert (video.fps, video.count) == (exact.fps, exact.count) == (25, 1000)
+    numbers = [0, 1, 499, 500, 777, 999]
+    assert torch.equal(video.frames(numbers), exact.frames(numbers))

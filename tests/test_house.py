@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "data.py": {"model.py", "clip_weights.py", "files/decode.py", "files/randaugment.py"},
     "runtime": {"data.py", "clip_weights.py", "model.py", "loss.py"} | ANY_OF["sources"] | ANY_OF["files"],
     "evaluate.py": {"data.py", "model.py", "loss.py", "clip_weights.py",
-                    "runtime/cli.py", "runtime/results.py", "runtime/embeddings.py"} | ANY_OF["sources"],
+                    "runtime/cli.py", "runtime/loader.py", "runtime/results.py",
+                    "runtime/embeddings.py"} | ANY_OF["sources"],
     "train.py": {"evaluate.py", "data.py", "loss.py", "model.py", "clip_weights.py"}
                 | ANY_OF["sources"] | ANY_OF["runtime"] | ANY_OF["files"],
 }

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import data
+from examples import look
 from files.decode import DataError
 from model import preset
-from runtime import look
 from sources import DATASETS, manifest, open_data, paper
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

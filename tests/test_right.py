@@ -355,7 +355,7 @@ def test_prompts_are_clip_s_where_they_can_be_had(big_vocabulary, monkeypatch, c
     monkeypatch.setattr(evaluate, "clip_prompts", lambda: (templates, ["a name"] * 1000))
     assert evaluate.prompts_for(big_vocabulary, Source, "thermal") == templates
     small = ImageBind([preset("tiny", "text")])
-    assert evaluate.prompts_for(small, Source, "thermal") == evaluate.TEMPLATES["thermal"]
+    assert evaluate.prompts_for(small, Source, "thermal") == evaluate.TEMPLATES
     assert evaluate.prompts_for(big_vocabulary, ToyWorld(), "image") == ToyWorld.templates
     evaluate.prompts_of_clip.cache_clear()
 
@@ -364,7 +364,7 @@ def test_prompts_are_clip_s_where_they_can_be_had(big_vocabulary, monkeypatch, c
 
     monkeypatch.setattr(evaluate, "clip_prompts", refuse)
     for _ in range(2):
-        assert evaluate.prompts_for(big_vocabulary, Source, "audio") == evaluate.TEMPLATES["audio"]
+        assert evaluate.prompts_for(big_vocabulary, Source, "audio") == evaluate.TEMPLATES
     said = "prompts of our own instead of CLIP's: https://x: cannot be downloaded\n"
     assert capsys.readouterr().err == said
     assert clip_weights.clip_prompts is not refuse

@@ -27,11 +27,11 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from clip_weights import load_pretrained  # noqa: E402
-from data import ignore_signals  # noqa: E402
 from files import checkpoints, decode  # noqa: E402
 from model import MODALITIES, EncoderConfig, ImageBind, preset  # noqa: E402
 from runtime import results  # noqa: E402
 from runtime.cli import RunError, UsageError  # noqa: E402
+from runtime.loader import ignore_signals  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.manifest import Table  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402

@@ -1,18 +1,24 @@
-"""What `python data.py SPEC` shows: what lies in a source, before a long run."""
+"""What lies in whatever --data takes, before a long run: `python data.py SPEC` shows it.
+
+    python examples/look.py SPEC       # the same
+"""
 
 import re
 import shlex
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import seconds_of, transform
-from files.decode import DataError, errors_named
-from model import preset
-from runtime.cli import run_main
-from sources import DATASETS, open_data
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import seconds_of, transform  # noqa: E402
+from files.decode import DataError, errors_named  # noqa: E402
+from model import preset  # noqa: E402
+from runtime.cli import run_main  # noqa: E402
+from sources import DATASETS, open_data  # noqa: E402
 
 # Where the median of a modality's tensors (of IMU, all but the ends) lies when its units are the encoder's
 USUAL = {"image": (-1.9, 2.1), "video": (-1.9, 2.1), "audio": (-1.3, 1.2), "depth": (-1.2, 1.5),
@@ -132,3 +138,7 @@ def command_for(spec, source):
         return "no pair to train" + named * bool(source.classes)
     clip = "" if spec == "toy" else " --clip ViT-B-16"
     return f"python train.py --pair {','.join(pairs)} --data {spec}{clip}"
+
+
+if __name__ == "__main__":
+    main()
