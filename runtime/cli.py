@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from clip_weights import load_pretrained
 from files.errors import DataError, require
-from loss import MAX_LOGIT_SCALE, processes
+from loss import MAX_LOGIT_SCALE, processes, rank
 from model import MODALITIES
 
 # Wrong use is said as what is wrong with a file: one line, exit status 2
@@ -179,7 +179,7 @@ def add_checkpoint(add):
 def open_checkpoint(args):
     """The model that the options of add_checkpoint name, on the device; says which, where none is named."""
     name = args.checkpoint or newest_run()
-    if args.checkpoint is None:
+    if args.checkpoint is None and rank() == 0:
         print(f"checkpoint: {name}")
     model = load_model(name, args.heads, args.activation).to(choose_device())
     model.amp = choose_amp(args.amp, choose_device())

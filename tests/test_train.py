@@ -155,6 +155,19 @@ def test_two_processes_in_micro_batches_have_the_losses_of_one(workplace, tmp_pa
     assert one.wait() == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     assert len(losses(tmp_path / "two")) == 20
+    assert all(0 <= event["waiting"] <= 1 for event in events(tmp_path / "two")[:-1])
+
+
+def test_two_processes_evaluate_to_the_figures_of_one(workplace, tmp_path):
+    command = [str(Path(TRAIN).with_name("evaluate.py")), "matrix", "--workers", "1", "--batch-size", "48",
+               "--checkpoint", "runs/toy-anchor", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    printed = subprocess.run([*two, *command, tmp_path / "two"], cwd=workplace, env=environment, check=True,
+                             capture_output=True, text=True).stdout
+    subprocess.run([sys.executable, *command, tmp_path / "one"], cwd=workplace, env=environment, check=True)
+    assert (tmp_path / "two").read_text() == (tmp_path / "one").read_text()
+    assert printed.count("R@1") == 1  # rank 0 alone prints
 
 
 @pytest.mark.parametrize("amp,noise", [(None, False), (None, True), (torch.bfloat16, True)])
