@@ -8,6 +8,7 @@ import ast
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import signal
@@ -198,13 +199,20 @@ def code_digest(*patterns):
 
 
 class Stop:
-    """Set by SIGTERM or Ctrl-C; the loop saves and ends at the next step. A second signal ends at once."""
+    """Set by SIGTERM or Ctrl-C; the loop saves and ends at the next step. A later signal ends at once.
+
+    Within a second it is the same request: torchrun passes on what SLURM sends to every process already.
+    """
 
     is_set = False
+    since = math.inf
 
     def catch(self, signum, frame):
-        self.is_set = True
-        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        if time.monotonic() - self.since > 1:
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+            signal.raise_signal(signum)
+        elif not self.is_set:
+            self.is_set, self.since = True, time.monotonic()
 
     def listen(self):
         for signum in (signal.SIGTERM, signal.SIGINT):

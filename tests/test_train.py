@@ -4,8 +4,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from loss import InfoNCE  # noqa: E402
 from model import ImageBind  # noqa: E402
 from runtime import cache  # noqa: E402
 from runtime.cli import RunError, UsageError  # noqa: E402
+from runtime.run import Stop  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.base import Source  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
@@ -92,6 +95,38 @@ def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, so
     train.main()
     a, b = (torch.load(f / "model.pt", weights_only=True)["weights"] for f in (whole, tmp_path / "stopped"))
     assert all(torch.equal(a[key], b[key]) for key in a) and losses(whole) == losses(tmp_path / "stopped")
+
+
+def test_a_signal_at_once_after_the_first_is_the_same_request_and_a_later_one_ends():
+    stop, before = Stop(), {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop.listen()
+        for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), signum)
+        assert stop.is_set
+        stop.since -= 1.1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def test_processes_save_though_torchrun_and_slurm_both_end_them(workplace, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               TRAIN, "--pair", "image-imu", "--workers", "1", "--out", tmp_path / "run"]
+    process = subprocess.Popen(
+        command, cwd=workplace, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stderr=subprocess.PIPE, text=True,
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate()
+    step = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
+    assert 0 < step == len(losses(tmp_path / "run")) < 300
+    assert f"stopped at step {step} of image-imu, all of it saved" in errors
 
 
 def test_a_cached_anchor_gives_the_same_losses_and_is_embedded_once_though_killed(run, monkeypatch, tmp_path):
