@@ -75,9 +75,8 @@ class Shards(Source):
 
         Reading a terabyte for it would take too long, and a copy on another disk has other times.
         """
-        facts = [(path.name, path.stat().st_size) for path in self.paths]
-        if modality:
-            facts += [path.stat().st_mtime_ns for path in self.paths]
+        stats = ((path.name, path.stat()) for path in self.paths)
+        facts = [(name, stat.st_size, modality and stat.st_mtime_ns) for name, stat in stats]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     # Samples and their order
@@ -105,9 +104,8 @@ class Shards(Source):
         return [index for index, held in self.walk(shards) if held is None or held >= set(modalities)]
 
     def find_items(self, modalities):
-        wanted = set(modalities)
         indices, columns = zip(*self.walk(range(len(self.paths))))  # one walk: it reads every header
-        complete = [found is None or found >= wanted for found in columns]
+        complete = [found is None or found >= set(modalities) for found in columns]
         return np.array(indices), np.where(complete, indices, -1)
 
     def parts(self):
