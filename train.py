@@ -4,6 +4,7 @@
     python train.py --pair image-audio,image-depth      # one after the other, into one model
     python train.py --pair image-audio --data pairs.csv --clip ViT-B-16    # your own files, bound to CLIP
     python train.py --resume runs/image-audio           # resumes a run that was stopped
+    python train.py --pair image-audio --out runs/mine --resume auto    # starts it or goes on: one command
     torchrun --nproc_per_node 8 train.py --pair image-audio --data pairs.csv --clip ViT-B-16
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
 
@@ -37,7 +38,7 @@ from runtime.cache import cache_anchor, in_type, with_anchor
 from runtime.cli import RunError, UsageError
 from runtime.loader import load_batches
 from runtime.results import left_out, show_summary
-from runtime.run import STOP, Run, new_folder, options_of_run, wait_for_all
+from runtime.run import STOP, Run, choose_folder, options_of_run, wait_for_all
 from sources import open_data
 
 # The paper's settings by the modality that learns (appendix B, table 9); image and text as in CLIP.
@@ -121,6 +122,15 @@ def describe_roles(pair, role, has_weights):
     if has_weights.isdisjoint(encoder_of(m) for m in pair):
         return f"{name}: neither has weights, both learn"
     return f"{name}: both learn"
+
+
+def learners_of_run(pairs, has_weights, learn=None):
+    """The encoders that learn in any of these pairs, one after the other. Raises UsageError."""
+    learners, has_weights = set(), set(has_weights)
+    for pair in pairs:
+        learners.update(encoder_of(m) for m in roles(pair, has_weights, learn).learners)
+        has_weights.update(encoder_of(m) for m in pair)
+    return learners
 
 
 def free_learners(model, learners):
@@ -261,8 +271,7 @@ def train_pair(args, run, model, pair, has_weights, device, saved=None):
     # What a step changes, as it begins or as it was saved.
     parts = prepare(args, model, pair, role, settings, device)
     criterion, optimizer, _ = parts.values()
-    step = 0
-    counts = {"bad": 0, "seen": 0}  # items
+    step, counts = 0, {"bad": 0, "seen": 0}  # items
     if saved:
         step, counts = saved["step"], saved["counts"]
         for key, part in parts.items():
@@ -271,7 +280,12 @@ def train_pair(args, run, model, pair, has_weights, device, saved=None):
     learning, batches = training_batches(args, run, model, pair, role.frozen, source, settings, step)
     progress = tqdm(total=settings["steps"], initial=step, desc=name, unit="step", disable=run.quiet)
 
-    while step < settings["steps"]:
+    while True:
+        # Evaluate now and then, to see alignment emerge; this step is saved already.
+        if evaluation_due(args, step):
+            evaluate_run(args, run, model, [pair], step=step)
+        if step == settings["steps"]:
+            break
         # The next batch; None where some process could read nothing of it.
         begun = time.monotonic()
         batch, stop = next_batch(batches, run, counts, args.max_bad)
@@ -296,11 +310,8 @@ def train_pair(args, run, model, pair, has_weights, device, saved=None):
             shown = {key: f"{value:.3g}" for key, value in figures.items()} | counts
             progress.set_postfix(shown, refresh=False)
         progress.update()
-        # Evaluate now and then, to see alignment emerge.
-        if args.eval_every and step % args.eval_every == 0:
-            evaluate_run(args, run, model, [pair], step=step)
-        # Save now and then, at the end, and when asked to stop.
-        if stop or run.due() or step == settings["steps"]:
+        # Save now and then, before an evaluation, at the end, and when asked to stop.
+        if stop or run.due() or evaluation_due(args, step) or step == settings["steps"]:
             states = {key: part.state_dict() for key, part in parts.items()}
             run.save(model, pair=name, step=step, counts=counts, has_weights=sorted(has_weights), **states)
         if stop:
@@ -371,6 +382,11 @@ def next_batch(batches, run, counts, max_bad):
 
 # ---------------------------------------------------------------------------------------------
 # Evaluation of a run
+
+
+def evaluation_due(args, step):
+    """Whether --eval-every asks for an evaluation after this step."""
+    return step > 0 and args.eval_every > 0 and step % args.eval_every == 0
 
 
 def evaluate_run(args, run, model, pairs, step=None):
@@ -470,12 +486,10 @@ def train(args, run):
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # loader processes are seeded from torch's
         seed(args.seed)
     # Fail early, before the toy anchor is trained. --clip or the anchor has these weights, --init any.
-    known = set(MODALITIES if args.init else ("image", "text"))
+    learners_of_run(pairs, MODALITIES if args.init else ("image", "text"), args.learn)
     for pair in pairs:
         source = open_pair(args, pair, pair[1])
         settings_for(args, pair[1], *data.count_rows(source, pair))
-        roles(pair, known, args.learn)
-        known.update(encoder_of(m) for m in pair)
     require_evaluation(args, pairs)
     # The model as it was saved, or as it begins.
     device = cli.choose_device()
@@ -484,10 +498,11 @@ def train(args, run):
         raise UsageError("--micro-batch: on Apple's GPU PyTorch does not keep the random state it needs")
     saved = run.load()
     if saved:
-        run.require_data(source.fingerprint())
-        model, has_weights = ImageBind.from_state(saved["model"]), set(saved["has_weights"])
+        run.go_on(args, source.fingerprint(), saved)
+        model, has_weights = saved["model"], set(saved["has_weights"])
     else:
         model, has_weights = initial_model(args, pairs, run)
+        run.learners = learners_of_run(pairs, has_weights, args.learn)
         if "text" in model.encoders:
             tokenizer(model.encoder("text").config.vocab)  # or it says that its vocabulary cannot be had
         if run.main:
@@ -534,7 +549,7 @@ def parse_args(argv=None, saved=None):
     add_options(parser)
     parser.set_defaults(**(saved or {}))
     args = parser.parse_args(argv)
-    if not args.pair and not args.resume:
+    if not args.pair and args.resume in (None, "auto"):
         raise UsageError("name a --pair, such as image-audio, or a run to --resume")
     return args
 
@@ -553,7 +568,8 @@ def add_options(parser):
     add("--activation", choices=("gelu", "quick_gelu"), help="of --clip where no file tells")
     add("--learn", type=cli.parse_learn, help="who learns, by commas (default: the rule above)")
     add("--out", type=cli.filled, help="the run's folder (default: runs/PAIR, numbered if that exists)")
-    add("--resume", type=cli.filled, metavar="RUN", help="resume the run in this folder, with its options")
+    add("--resume", type=cli.filled, metavar="RUN",
+        help="resume the run in this folder, with its options; auto: the run in --out, or start it there")
     # These have no default here: it is the pair's row of SETTINGS.
     add("--epochs", type=cli.positive)
     add("--batch-size", type=cli.positive, help="pairs over all processes")
@@ -585,11 +601,9 @@ def add_options(parser):
 def main():
     args = parse_args()
     cli.start_processes(cli.choose_device())
-    if args.resume:
-        folder = Path(args.resume)
+    folder, resumes = choose_folder(args)
+    if resumes:
         args = options_of_run(folder, args, parse_args)
-    else:
-        folder = new_folder(args)
     STOP.listen()
     try:
         train(args, Run(folder, args.save_every))

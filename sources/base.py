@@ -62,7 +62,11 @@ class Source:
         """The file that one modality lies in; None where it has none of its own."""
 
     def fingerprint(self, modality=None):
-        """Digest that changes with the table and, given a modality, with size or time of any of its files."""
+        """Digest that changes with the table and, given a modality, with size or time of any of its files.
+
+        Without a modality it tells whether a run may go on with the data, and of shards, which have no table,
+        it changes with their names and sizes.
+        """
 
     def pass_over(self, reason, example):
         """Counts something that is left out by its reason, of which there are few."""

@@ -71,8 +71,12 @@ class Shards(Source):
         return self.size
 
     def fingerprint(self, modality=None):
-        """SHA-256 of names, sizes and times of the shards: reading a terabyte for it would take too long."""
-        facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        """SHA-256 of names and sizes of the shards and, given a modality, of their times.
+
+        Reading a terabyte for it would take too long, and a copy on another disk has other times.
+        """
+        stats = ((path.name, path.stat()) for path in self.paths)
+        facts = [(name, stat.st_size, modality and stat.st_mtime_ns) for name, stat in stats]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     # Samples and their order
@@ -100,9 +104,8 @@ class Shards(Source):
         return [index for index, held in self.walk(shards) if held is None or held >= set(modalities)]
 
     def find_items(self, modalities):
-        wanted = set(modalities)
         indices, columns = zip(*self.walk(range(len(self.paths))))  # one walk: it reads every header
-        complete = [found is None or found >= wanted for found in columns]
+        complete = [found is None or found >= set(modalities) for found in columns]
         return np.array(indices), np.where(complete, indices, -1)
 
     def parts(self):
@@ -117,16 +120,16 @@ class Shards(Source):
     def training_batches(self, pair, share, seed, start, rank, world):
         """Pass after pass over this process's samples, each in another order; none is in two processes.
 
-        A process owns every world-th shard or, with fewer shards than processes, every world-th sample of
-        each. A batch never reaches into the next pass, so that it holds no sample twice.
+        A process owns every world-th shard and, of the last ones, which do not divide evenly, every world-th
+        sample: all see as much. A batch never reaches into the next pass, so that it holds no sample twice.
         """
-        few = len(self.paths) < world
-        own = range(len(self.paths)) if few else range(rank, len(self.paths), world)
+        even = len(self.paths) - len(self.paths) % world
+        own = [*range(rank, even, world), *range(even, len(self.paths))]
 
         def samples_of(shards):
             for shard in map(int, shards):
                 found = self.having(pair, [shard])
-                yield from found[(rank + shard) % world :: world] if few else found
+                yield from found if shard < even else found[(rank + shard) % world :: world]
 
         passes = 0
         if start:  # a resumed run: whole passes need not be walked through

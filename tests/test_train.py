@@ -4,8 +4,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,9 @@ import train  # noqa: E402
 from loss import InfoNCE  # noqa: E402
 from model import ImageBind  # noqa: E402
 from runtime import cache  # noqa: E402
+from runtime import run as runs  # noqa: E402
 from runtime.cli import RunError, UsageError  # noqa: E402
+from runtime.run import Stop  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.base import Source  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
@@ -92,6 +96,178 @@ def test_a_stopped_run_ends_with_the_same_weights(run, monkeypatch, tmp_path, so
     train.main()
     a, b = (torch.load(f / "model.pt", weights_only=True)["weights"] for f in (whole, tmp_path / "stopped"))
     assert all(torch.equal(a[key], b[key]) for key in a) and losses(whole) == losses(tmp_path / "stopped")
+
+
+def test_a_signal_at_once_after_the_first_is_the_same_request_and_a_later_one_ends():
+    stop, before = Stop(), {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop.listen()
+        for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), signum)
+        assert stop.is_set
+        stop.since -= 1.1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def test_processes_save_though_torchrun_and_slurm_both_end_them(workplace, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               TRAIN, "--pair", "image-imu", "--workers", "1", "--out", tmp_path / "run"]
+    process = subprocess.Popen(
+        command, cwd=workplace, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stderr=subprocess.PIPE, text=True,
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate()
+    step = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
+    assert 0 < step == len(losses(tmp_path / "run")) < 300
+    assert f"stopped at step {step} of image-imu, all of it saved" in errors
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "model.pt", weights_only=True)["weights"]
+
+
+def same(a, b):
+    """Whether two runs have the same weights, to the bit, and the same log but for the time."""
+    logs = [[e | {"seconds": None} for e in events(folder)] for folder in (a, b)]
+    a, b = weights(a), weights(b)
+    return logs[0] == logs[1] and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def resume(monkeypatch, *options, stop=False):
+    monkeypatch.setattr(train.STOP, "is_set", stop)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    train.main()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Evaluates on few items."""
+    measure = evaluate.measure_pairs
+    few = lambda *args, **options: measure(*args, **options | {"limit": 64})
+    monkeypatch.setattr(evaluate, "measure_pairs", few)
+
+
+# imu learns in the first and in the last of them, depth in the first two, image in none
+THREE = ["--pair", "depth-imu,image-depth,imu-thermal", "--learn", "depth,imu,thermal", "--steps", 2,
+         "--batch-size", 16, "--samples", 64, "--workers", 0, "--save-every", 0]
+
+
+def test_a_run_killed_between_its_two_files_ends_with_the_same_bits(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: None)
+    whole, save, saves = run(*THREE, out=tmp_path / "whole"), runs.save_atomic, []
+    held = torch.load(whole / "state.pt", weights_only=True)["model"]["weights"]
+    assert {key.split(".")[1] for key in held} == {"depth", "imu", "thermal"}  # image is in model.pt alone
+
+    def save_or_die(obj, path):  # it writes state.pt; model.pt is there already
+        saves.append(path)
+        if len(saves) == killed_at:
+            raise KeyboardInterrupt
+        save(obj, path)
+
+    monkeypatch.setattr(runs, "save_atomic", save_or_die)
+    for killed_at in range(1, 7):
+        out = tmp_path / str(killed_at)
+        saves.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(*THREE, out=out)
+        resume(monkeypatch, *THREE, "--out", out, "--resume", "auto")
+        assert same(whole, out)
+
+
+def test_a_lost_model_pt_is_one_line_that_says_what_to_do(run, monkeypatch, tmp_path):
+    folder = run("--pair", "image-imu", "--steps", 1, "--workers", 0, out=tmp_path / "run")
+    whole, logged = (folder / "model.pt").read_bytes(), (folder / "log.jsonl").read_text()
+    other = ImageBind([train.preset("tiny", "audio")])
+    for damage in (lambda path: path.write_bytes(whole[:9000]), lambda path: other.save(path), Path.unlink):
+        damage(folder / "model.pt")
+        with pytest.raises(UsageError, match="^[^\n]*model.pt: put it back, or start a new run: [^\n]*$"):
+            resume(monkeypatch, "--resume", folder)
+    assert (folder / "log.jsonl").read_text() == logged
+    (folder / "model.pt").write_bytes(whole)
+    resume(monkeypatch, "--resume", folder)
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 2])
+def test_a_kill_during_an_evaluation_loses_nothing(run, quick, monkeypatch, tmp_path, killed_at):
+    options = ["--pair", "image-imu", "--steps", 4, "--eval-every", 2, "--samples", 64, "--batch-size", 16,
+               "--workers", 0]
+    whole, measure, seen = run(*options, out=tmp_path / "whole"), evaluate.measure_pairs, []
+
+    def measure_or_die(*args, **more):
+        seen.append(len(events(tmp_path / "killed")))
+        if len(seen) == killed_at + 1:
+            raise KeyboardInterrupt
+        return measure(*args, **more)
+
+    monkeypatch.setattr(evaluate, "measure_pairs", measure_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(*options, out=tmp_path / "killed")
+    step = torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"]
+    assert step == (2, 4, 4)[killed_at]
+    resume(monkeypatch, "--resume", tmp_path / "killed")
+    assert same(whole, tmp_path / "killed")
+    assert [e.get("step") for e in events(whole) if e["event"] == "eval"] == [2, 4, None]
+
+
+def test_one_command_starts_a_run_and_goes_on_and_ends(run, quick, monkeypatch, tmp_path):
+    options = ["--pair", "image-imu", "--steps", 3, "--samples", 64, "--batch-size", 16, "--workers", 0]
+    whole = run(*options, out=tmp_path / "whole")
+    auto = [*options, "--out", tmp_path / "auto", "--resume", "auto"]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # before the first checkpoint
+        patch.setattr(train, "take_step", lambda *args: 1 / 0)
+        resume(monkeypatch, *auto, "--lr", "9")
+    for step in (1, 2, 3):
+        with pytest.raises(RunError, match=f"stopped at step {step}"):
+            resume(monkeypatch, *auto, stop=True)
+    with pytest.raises(UsageError, match="leave out --lr"):
+        resume(monkeypatch, *auto, "--lr", "9")
+    for _ in range(2):  # the second time it is finished
+        resume(monkeypatch, *auto)
+        assert same(whole, tmp_path / "auto")
+    (tmp_path / "auto" / "state.pt").unlink()
+    with pytest.raises(UsageError, match="is finished and has no state.pt"):
+        resume(monkeypatch, *auto)
+    assert same(whole, tmp_path / "auto")
+
+
+def test_resume_auto_without_out_is_the_run_of_its_pair(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: None)
+    shutil.copytree("runs/toy-anchor", tmp_path / train.TOY_ANCHOR)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        resume(monkeypatch, "--pair", "image-imu", "--steps", 1, "--workers", 0, "--resume", "auto")
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["image-imu", "toy-anchor"]
+    with pytest.raises(UsageError, match="name a --pair"):
+        resume(monkeypatch, "--resume", "auto")
+
+
+def test_a_resumed_run_takes_options_that_leave_it_what_it_is(run, quick, monkeypatch, capsys, tmp_path):
+    options = ["--pair", "image-imu", "--steps", 2, "--samples", 64, "--batch-size", 16, "--workers", 0]
+    folder = run(*options, out=tmp_path / "run")
+
+    def config():
+        return json.loads((folder / "config.json").read_text())
+
+    before, steps = config(), events(folder)[:2]
+    resume(monkeypatch, "--resume", folder, "--max-bad", "0.5", "--eval-every", 2, "--workers", 1,
+           "--save-every", 7)
+    new = {"max_bad": 0.5, "eval_every": 2, "workers": 1, "save_every": 7.0}
+    assert config() == before | new | {"resume": str(folder), "out": str(folder)}
+    assert [e["event"] for e in events(folder)] == ["step", "step", "eval", "eval"]
+    assert events(folder)[:2] == steps and "expectation" not in capsys.readouterr().out
+    for _ in range(2):  # told each time, until the run is saved with it
+        resume(monkeypatch, "--resume", folder, "--micro-batch", 4)
+        assert events(folder)[2] == {"event": "segment", "step": 2, "micro_batch": 4}
+        assert config()["micro_batch"] == 4 and config()["max_bad"] == 0.5
+        assert "micro_batch: from here on the same run only in expectation" in capsys.readouterr().out
 
 
 def test_a_cached_anchor_gives_the_same_losses_and_is_embedded_once_though_killed(run, monkeypatch, tmp_path):
