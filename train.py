@@ -351,6 +351,8 @@ def training_batches(args, run, model, pair, frozen, source, settings, start):
     elif frozen and model.amp:
         learning = with_anchor(model, frozen, in_type(model.encoder(frozen), model.amp))
     if args.compile:
+        # All encoders run one function, which is compiled for each one's shapes, and again for evaluation.
+        torch._dynamo.config.recompile_limit = 64  # the default, 8, is reached by the fourth pair
         for m in configs:
             learning.encoder(m).compile()
     epochs = settings["steps"] // settings["steps_per_epoch"] + 1  # --steps may end within an epoch

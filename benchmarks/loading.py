@@ -37,6 +37,7 @@ from model import ImageBind, preset  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
 
+CPU = torch.device("cpu")
 TINY = {m: preset("tiny", m) for m in ("image", "text", "audio")}
 
 
@@ -46,11 +47,9 @@ def timed(call):
     return time.monotonic() - start
 
 
-def loader(source, modalities, workers=0, batch_size=64, **options):
+def loader(source, modalities, workers=0):
     samples = data.Samples(source, {m: TINY[m] for m in modalities})
-    keys = data.batch_keys(source, batch_size, 1)
-    return torch.utils.data.DataLoader(
-        samples, batch_sampler=keys, num_workers=workers, collate_fn=data.collate, **options)
+    return data.load_batches(samples, data.batch_keys(source, 64, 1), workers, CPU)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,12 +142,13 @@ def manifest(folder, rows=2_000_000):
         start = time.monotonic()
         source = open_data(str(path))
         opened = time.monotonic() - start
-        batches = iter(loader(source, ("image", "text"), workers=2, multiprocessing_context=method))
+        torch.multiprocessing.set_start_method(method, force=True)
+        batches = loader(source, ("image", "text"), workers=2)
         next(batches)
         first = time.monotonic() - start
         for _ in range(20):
             next(batches)
-        workers = [round(private_memory(process.pid)) for process in batches._workers]
+        workers = [round(private_memory(process.pid)) for process in torch.multiprocessing.active_children()]
         print(f"manifest of {rows:,} rows, {method}: opened in {opened:.1f} s, "
               f"first batch after {first:.1f} s; main process at most {peak_memory():.0f} MB "
               f"({before:.0f} before); its workers' own memory {workers} MB", flush=True)
@@ -327,10 +327,10 @@ def counted_training():
         sent["embeddings"] += x.nbytes * (dist.get_world_size() - 1)
         return gather(parts, x)
 
-    def all_reduce(x):  # in a ring
+    def all_reduce(x, **options):  # in a ring
         kind = "embeddings" if x.ndim == 2 else "gradients"
         sent[kind] += 2 * x.nbytes * (dist.get_world_size() - 1) // dist.get_world_size()
-        return reduce(x)
+        return reduce(x, **options)
 
     dist.all_gather, dist.all_reduce = all_gather, all_reduce
     train.evaluate_run = lambda *args, **options: None

@@ -1,9 +1,11 @@
 """The paper's tables, measured: every data set that is found, beside what the paper published.
 
     python benchmarks/paper.py --root /data --checkpoint imagebind_huge --markdown table.md
+    torchrun --nproc_per_node 8 benchmarks/paper.py --root /data --checkpoint imagebind_huge --amp bf16
 
---root is a folder with the data sets, each in a folder of its own. What is finished is kept in --out, a file
-for each, and is not measured again for the same weights, code and data: a killed run resumes.
+torchrun's processes measure each row together; the first alone prints and writes. --root is a folder with the
+data sets, each in a folder of its own. What is finished is kept in --out, a file for each, and is not
+measured again for the same weights, code, data and --amp: a killed run resumes.
 """
 
 import argparse
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate  # noqa: E402
 from data import DataError  # noqa: E402
 from files.checkpoints import weights_digest  # noqa: E402
+from loss import rank  # noqa: E402
 from runtime import cli, results  # noqa: E402
 from runtime.run import code_digest  # noqa: E402
 from sources.paper import open_dataset  # noqa: E402
@@ -118,23 +121,32 @@ def measure(args, model, row, folder, kept, mark):
     try:
         source = open_dataset(row.dataset, folder, "test")
         modalities = row.what.replace("->", "+").split("+")
-        key = {"checkpoint": mark, "root": str(folder.resolve()), "code": code_digest("*.py", "*/*.py"),
+        key = {"checkpoint": mark, "amp": [args.amp, str(model.amp)], "root": str(folder.resolve()),
+               "code": code_digest("*.py", "*/*.py"),
                "data": [source.fingerprint(m) for m in modalities if m in source.columns]}
-        if kept.exists():
-            saved = json.loads(kept.read_text())
-            if saved["key"] == key:
-                print(f"{name}: kept in {kept}")
-                return saved["result"]
-        print(f"{name}: {folder}")
+        # The first process decides for all, so that none measures alone.
+        saved = json.loads(kept.read_text()) if rank() == 0 and kept.exists() else {"key": None}
+        saved = cli.from_all(saved)[0]
+        if saved["key"] == key:
+            say(f"{name}: kept in {kept}")
+            return saved["result"]
+        say(f"{name}: {folder}")
         result = evaluate.COMMANDS[row.command](options_of(args, row), model, source)
     except DataError as error:
         return {"note": str(error)}
-    results.show(row.command, result)
-    # Written beside, then renamed: a kill leaves a whole file or none.
-    partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, "result": result}, indent=1) + "\n")
-    partial.replace(kept)
+    if rank() == 0:
+        results.show(row.command, result)
+        # Written beside, then renamed: a kill leaves a whole file or none.
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps({"key": key, "result": result}, indent=1) + "\n")
+        partial.replace(kept)
     return result
+
+
+def say(text):
+    """Prints a line, in the first process alone."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def options_of(args, row):
@@ -196,8 +208,11 @@ def main():
     add("--workers", type=cli.count, default=2)
     args = parser.parse_args()
     args.out = args.out or (Path(args.json).with_suffix("") if args.json else "suite")
+    cli.start_processes(cli.choose_device())
     model = cli.open_checkpoint(args)
     result = measure_all(args, model)
+    if rank() > 0:  # all have the same result
+        return
     text = table(result["table"])
     print(text, end="")
     if args.markdown:

@@ -3,8 +3,8 @@
     python benchmarks/plan.py --pair image-audio --preset huge --micro-batch 32 --world-size 8
 
 Takes train.py's options, and --world-size: processes to plan for, each like this one. Without --data the
-larger presets are planned for the paper's data. A probe of the present device gives the times; two batches of
-different sizes tell what memory grows with the batch. Nothing is written.
+larger presets are planned for the paper's data. A probe of the present device gives the times: it doubles a
+batch from one item on, and what grows with it is the memory of activations. Nothing is written.
 """
 
 import argparse
@@ -21,11 +21,14 @@ import data  # noqa: E402
 import train  # noqa: E402
 from model import ImageBind, count_parameters, encoder_of, flops, preset  # noqa: E402
 from runtime import cli  # noqa: E402
+from runtime.cache import in_type, with_anchor  # noqa: E402
 from runtime.run import Run  # noqa: E402
 
 # Training pairs of the paper's data (appendix A): AudioSet, SUN RGB-D, LLVIP, Ego4D; for image-text CLIP's.
 PAPER_PAIRS = {"audio": 2_000_000, "depth": 5_000, "thermal": 12_000, "imu": 510_000,
                "text": 400_000_000, "image": 400_000_000}
+# The probe's batch grows until a pass takes so long, or until the next might need more of the free memory
+PROBE_SECONDS, PROBE_SHARE = 2.0, 0.6
 
 
 def plan(args):
@@ -86,9 +89,11 @@ def plan_pair(args, settings, encoders, device):
         seconds += time_of_pair
         # Bytes of weights, and of a learning encoder's gradients and AdamW's two averages.
         fixed += parameters * (16 if learns else 4)
+        # A frozen encoder that runs in another type has a copy of its weights for that.
+        if amp and not learns:
+            fixed += sum(p.nbytes for p in in_type(encoder, amp).parameters())
         kept = max(kept, activations) if held < share else kept + activations
-        # What a block makes and drops: 10 D float32 a token.
-        working = max(working, 40 * config.tokens * config.width)
+        working = max(working, bytes_of_a_block(config))
     trained = sum(count_parameters(encoder) for encoder, learns in encoders if learns)
     steps = settings["steps_per_epoch"]
     epoch = steps * share * seconds
@@ -100,32 +105,60 @@ def plan_pair(args, settings, encoders, device):
           f"{epoch / steps * settings['steps'] / 3600:.3g} h")
 
 
+def bytes_of_a_block(config):
+    """What a block makes and drops again for one item: 10 D float32 a token."""
+    return 40 * config.tokens * config.width
+
+
 def probe(config, learns, amp, token_drop, device, most):
     """Seconds of a forward and a backward pass of an item, bytes kept between them; `most` items at once."""
     model = ImageBind([config]).to(device)
+    model.amp = amp
     encoder = model.encoder(config.modality).requires_grad_(learns).train(learns)
     encoder.token_drop = token_drop
-    kept = {}
+    if amp and not learns:  # as train.py runs it
+        model = with_anchor(model, config.modality, in_type(encoder, amp))
+    free = free_memory(device)
+    # Twice as many items each time. The first pass warms up, and its size is what does not grow.
+    items, kept = 1, []
+    while True:
+        forward, backward, size = measure(model, config, learns, device, items)
+        kept.append(size)
+        needed = 2 * (size + items * bytes_of_a_block(config))  # of the next batch
+        enough = items >= most or forward + backward > PROBE_SECONDS or needed > PROBE_SHARE * free
+        if enough and len(kept) > 1:
+            return forward / items, backward / items, (kept[-1] - kept[0]) / (items - 1)
+        items *= 2
+
+
+def measure(model, config, learns, device, items):
+    """Seconds of a forward and a backward pass of so many items, and the bytes kept between them."""
+    storages = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    sizes = []
-    items = min(most, 1 + int((2e13 if device.type == "cuda" else 1e11) / flops(config)))
-    for n in (items, 2 * items):  # what does not grow is no activation, and the first pass warms up
-        x = example(config, n).to(device)
-        start = now(device)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            z = train.encode_batch(model, config.modality, x, amp)
-        middle = now(device)
-        if learns:
-            z.sum().backward()
-        end = now(device)
-        sizes.append(sum(kept.values()))
-        kept.clear()
-    return (middle - start) / n, (end - middle) / n, (sizes[1] - sizes[0]) / items
+    x = example(config, items).to(device)
+    start = now(device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        z = train.encode_batch(model, config.modality, x)
+    middle = now(device)
+    if learns:
+        z.sum().backward()
+    return middle - start, now(device) - middle, sum(storages.values())
+
+
+def free_memory(device):
+    """Bytes that may still be taken of a GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    available = [0]
+    if Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    return available[0] or 4e9  # a guess for systems that do not say
 
 
 def example(config, n):

@@ -3,6 +3,7 @@
     python benchmarks/speed.py                                   # what needs no other program
     python benchmarks/speed.py text image --imagebind DIR        # DIR: a checkout of the released ImageBind
     python benchmarks/speed.py train                             # with `pip install open_clip_torch`
+    python benchmarks/speed.py cuda                              # on a GPU, in at most five minutes
 
 The two sides of a row have the same weights and inputs and run in turn, so that what else the machine does
 meets both. A ratio is the median over pairs of runs, above 1 where ours is better. Full-size towers have
@@ -12,13 +13,17 @@ random weights: time does not depend on them, and what both sides put out is com
 import argparse
 import ctypes
 import gc
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import types
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +34,8 @@ import train  # noqa: E402
 from clip_weights import IMAGEBIND, convert, load_pretrained, name_in_file  # noqa: E402
 from loss import InfoNCE, info_nce  # noqa: E402
 from model import Encoder, ImageBind, flops, preset  # noqa: E402
+from runtime import cli  # noqa: E402
+from runtime.cache import in_type, with_anchor  # noqa: E402
 
 # of a batch: a few seconds each
 ITEMS = {"text": 16, "image": 6, "audio": 8, "depth": 24, "thermal": 4, "imu": 16}
@@ -201,8 +208,8 @@ def clip_step(args):
         figures["theirs"].append(2 * loss.item())  # the mean of both directions, where the paper has the sum
 
     def our_step(amp=None):
-        cpu = torch.device("cpu")
-        step = train.take_step(ours, ("image", "text"), batch, criterion, optimizer, scaler, 1.0, cpu, amp)
+        ours.amp = amp
+        step = train.take_step(ours, ("image", "text"), batch, criterion, optimizer, scaler, 1.0)
         figures["ours"].append(step["loss"])
 
     for name, amp in (("fp32", None), ("bf16", torch.bfloat16)):
@@ -230,7 +237,7 @@ def micro_batch(args):
         encoder.drop_path, encoder.dropout.p = 0.0, 0.0  # so that both draw the same: nothing
 
     def step(micro):
-        criterion(*(train.encode_batch(model, m, x, None, micro) for m, x in batch.items()))[0].backward()
+        criterion(*(train.encode_batch(model, m, x, micro) for m, x in batch.items()))[0].backward()
 
     memories, seconds, gradients = [], [], []
     for micro in (64, 8):
@@ -304,6 +311,7 @@ def token_drop(args):
 
 
 def compiled(args):
+    """An encoder's passes, then a whole run of several pairs."""
     for modality in ("audio", "image"):
         torch.manual_seed(0)
         eager, ours = (ImageBind([preset("base", modality)]) for _ in range(2))
@@ -321,6 +329,254 @@ def compiled(args):
             f"{ratio(times['eager'], times['compiled']):.2f} x",
             "",
         )
+    compiled_run()
+
+
+def compiled_run():
+    """Four pairs in one run, with evaluations between: no encoder may be left uncompiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        anchor = ImageBind([preset("tiny", m) for m in ("image", "text")])
+        anchor.pairs["image-text"] = 14.0
+        anchor.save(Path(folder) / "anchor.pt")
+        pairs = "image-audio,image-depth,image-thermal,image-imu"
+        command = [sys.executable, train.__file__, "--pair", pairs, "--preset", "tiny", "--init", "anchor.pt",
+                   "--samples", "400", "--batch-size", "48", "--steps", "6", "--eval-every", "3",
+                   "--workers", "0", "--amp", "off"]
+        losses, seconds, limits = [], [], []
+        for option in ([], ["--compile"]):
+            out = f"run{len(losses)}"
+            start = time.monotonic()
+            done = subprocess.run([*command, *option, "--out", out], cwd=folder, check=True,
+                                  capture_output=True, text=True)
+            seconds.append(time.monotonic() - start)
+            limits.append(done.stderr.count("recompile_limit"))
+            events = map(json.loads, (Path(folder) / out / "log.jsonl").read_text().splitlines())
+            losses.append([event["loss"] for event in events if event["event"] == "step"])
+    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    row(
+        "`--compile`, a run of four pairs of `tiny`, 6 steps each, 12 evaluations",
+        f"eager {seconds[0]:.0f} s",
+        f"{seconds[1]:.0f} s, compiling included",
+        "",
+        f"losses equal to {difference:.0e}; {limits[1]} warnings of a recompile limit",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# cuda: a training step, embedding and the loss on a GPU
+
+
+CUDA_SECONDS = 300  # for all rows; what has not begun by then is named and left out
+COMPILE_SECONDS = 60  # that compiling a step may take
+PRECISIONS = {"fp32": "off", "tf32": "tf32", "bf16": "bf16", "fp16": "fp16"}
+
+
+class Sizes(NamedTuple):
+    """What the rows of `cuda` are measured with."""
+
+    presets: tuple
+    batch: int  # pairs of a step
+    held: int  # of these at once, with --micro-batch
+    items: int  # embedded at once
+    pairs: int  # of InfoNCE
+
+
+ON_A_GPU = Sizes(("base", "huge"), batch=64, held=64, items=128, pairs=32768)
+SMOKE_TEST = Sizes(("tiny",), batch=8, held=8, items=8, pairs=512)
+
+
+def on_cuda(args):
+    """Rows of the GPU, the most wanted first; without one the same on the CPU, of the smallest sizes."""
+    device = cli.choose_device()
+    sizes = ON_A_GPU if device.type == "cuda" else SMOKE_TEST
+    if device.type == "cuda":
+        print(f"\n{torch.cuda.get_device_name()}, PyTorch {torch.__version__}\n", flush=True)
+    else:
+        print("\nno GPU of CUDA's here: `tiny` encoders on the CPU, to see that the code runs\n", flush=True)
+    begun = time.monotonic()
+    for name, seconds, measure in gpu_rows(sizes, device):
+        if time.monotonic() + seconds - begun > CUDA_SECONDS:
+            row(name, "", "not measured", "", f"{CUDA_SECONDS} s are over")
+            continue
+        try:
+            measure()
+        except torch.OutOfMemoryError:
+            row(name, "", "not measured", "", "out of memory")
+        torch.set_float32_matmul_precision("highest")  # as before tf32
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def gpu_rows(sizes, device):
+    """(name, seconds that it takes at most, function) of each row."""
+    for kind in sizes.presets:
+        yield f"steps of `{kind}`", 20, lambda kind=kind: eager_steps(kind, sizes, device)
+    for kind in sizes.presets:
+        yield f"`--micro-batch`, `{kind}`", 20, lambda kind=kind: micro_batched_step(kind, sizes, device)
+    yield "InfoNCE", 10, lambda: loss_on_device(sizes, device)
+    for kind in sizes.presets:
+        for m in ITEMS:
+            name = f"embedding {m} by `{kind}`"
+            yield name, 5, lambda kind=kind, m=m: embedding_rate(kind, m, sizes, device)
+    for precision in ("bf16", "fp16", "tf32", "fp32"):
+        for kind in sizes.presets:
+            name = f"`--compile`, step of `{kind}`, {precision}"
+            yield name, COMPILE_SECONDS, lambda kind=kind, precision=precision: compiled_step(
+                kind, precision, sizes, device)
+
+
+class Measured(NamedTuple):
+    seconds: float  # median of a call
+    memory: int  # bytes at the peak; 0 where that is not known
+    waits: int  # of the host for the device, in a call; None where they cannot be counted
+
+    def words(self):
+        memory = f"peak {self.memory / 1e9:.2f} GB, " if self.memory else ""
+        if self.waits is None:
+            return memory + "waits of the host not counted"
+        return memory + f"the host waits {self.waits} times"
+
+
+def measured(call, device, warm=2, seconds=1.0):
+    """Measured of a call: after some that warm up, at least three, for so many seconds."""
+    on_gpu = device.type == "cuda"
+    for _ in range(warm):
+        call()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    took, begun = [], time.perf_counter()
+    while len(took) < 3 or time.perf_counter() - begun < seconds:
+        start = time.perf_counter()
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return Measured(statistics.median(took), peak, host_waits(call) if on_gpu else None)
+
+
+def host_waits(call):
+    """How often the host waits for the GPU in a call, as PyTorch warns of it."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
+def step_of(kind, precision, batch, device, micro_batch=None, compiled=False):
+    """A function that takes a step as train.py does: audio learns from a frozen image tower."""
+    torch.manual_seed(0)
+    pair = ("image", "audio")
+    model = ImageBind([preset(kind, m) for m in pair]).to(device)
+    model.amp = cli.choose_amp(PRECISIONS[precision], device)
+    [audio] = train.free_learners(model, ["audio"])
+    learning = model
+    if model.amp:
+        learning = with_anchor(model, "image", in_type(model.encoder("image"), model.amp))
+    if compiled:
+        for m in pair:
+            learning.encoder(m).compile()
+    shapes = {"image": (3, *model.encoder("image").config.input_shape[2:]), "audio": audio.config.input_shape}
+    inputs = {m: torch.randn(batch, *shape, device=device) for m, shape in shapes.items()}
+    criterion = InfoNCE(0.05, learnable=False).to(device)
+    optimizer = train.make_optimizer([audio, criterion], {"lr": 1e-5, "weight_decay": 0.2})
+    scaler = torch.amp.GradScaler(device.type, enabled=model.amp == torch.float16)
+    return lambda: train.take_step(learning, pair, inputs, criterion, optimizer, scaler, 1.0, micro_batch)
+
+
+def eager_steps(kind, sizes, device):
+    """A row of each precision beside float32."""
+    expected = None
+    for precision in PRECISIONS:
+        take_step = step_of(kind, precision, sizes.batch, device)
+        loss = take_step()["loss"]
+        figures = measured(take_step, device)
+        expected = expected or (figures, loss)
+        before, loss_before = expected
+        row(f"step of `{kind}`, {sizes.batch} pairs, {precision}",
+            f"fp32 {1000 * before.seconds:.1f} ms", f"{1000 * figures.seconds:.1f} ms",
+            f"{before.seconds / figures.seconds:.2f} x",
+            f"{figures.words()}; first losses {loss_before:.4f}, {loss:.4f}")
+        torch.set_float32_matmul_precision("highest")
+
+
+def micro_batched_step(kind, sizes, device):
+    """Four times the pairs in one batch, of which a quarter is held at once."""
+    pairs = 4 * sizes.held
+    split = measured(step_of(kind, "bf16", pairs, device, micro_batch=sizes.held), device)
+    split_words = f"{1000 * split.seconds:.1f} ms, {split.words()}"
+    what = f"`--micro-batch {sizes.held}`, step of `{kind}`, {pairs} pairs, bf16"
+    try:
+        whole = measured(step_of(kind, "bf16", pairs, device), device)
+    except torch.OutOfMemoryError:
+        row(what, "whole batch: out of memory", split_words, "", "")
+        return
+    row(what, f"whole batch {1000 * whole.seconds:.1f} ms, {whole.words()}", split_words,
+        f"{whole.seconds / split.seconds:.2f} x", "")
+
+
+def embedding_rate(kind, modality, sizes, device):
+    model = ImageBind([preset(kind, modality)]).to(device)
+    config = model.encoder(modality).config
+    if config.is_text:
+        x = torch.randint(1, config.vocab, (sizes.items, config.tokens), device=device)
+    elif modality == "image":
+        x = torch.randn(sizes.items, 3, *config.input_shape[2:], device=device)
+    else:
+        x = torch.randn(sizes.items, *config.input_shape, device=device)
+    rates = []
+    for model.amp in (None, torch.bfloat16):
+        seconds = measured(lambda: model.embed(modality, x), device, seconds=0.5).seconds
+        rates.append(sizes.items / seconds)
+    row(f"embedding {modality} by `{kind}`, {sizes.items} at once, bf16", f"fp32 {rates[0]:.0f}/s",
+        f"{rates[1]:.0f}/s", f"{rates[1] / rates[0]:.2f} x",
+        f"{rates[1] * flops(config) / 1e12:.1f} TFLOP/s")
+
+
+def loss_on_device(sizes, device):
+    """InfoNCE forward and backward; the plain form where its similarity matrix fits."""
+    criterion = InfoNCE().to(device)
+    torch.manual_seed(0)
+    q, k = F.normalize(torch.randn(2, sizes.pairs, 1024, device=device), dim=-1)
+    q.requires_grad_(), k.requires_grad_()
+
+    def step(loss):
+        q.grad = k.grad = None
+        loss(q, k).backward()
+
+    ours = measured(lambda: step(lambda q, k: criterion(q, k)[0]), device)
+    ours_words = f"{1000 * ours.seconds:.1f} ms, {ours.words()}"
+    what = f"InfoNCE forward and backward, {sizes.pairs:,} pairs, width 1024"
+    try:
+        plain = measured(lambda: step(lambda q, k: info_nce(q, k, criterion.logit_scale)), device)
+    except torch.OutOfMemoryError:
+        row(what, "plain form: out of memory", ours_words, "", "")
+        return
+    row(what, f"plain form {1000 * plain.seconds:.1f} ms, {plain.words()}", ours_words,
+        f"{plain.seconds / ours.seconds:.2f} x", "")
+
+
+def compiled_step(kind, precision, sizes, device):
+    torch._dynamo.reset()  # so that each row compiles anew
+    eager_step = step_of(kind, precision, sizes.batch, device)
+    eager_loss = eager_step()["loss"]
+    eager = measured(eager_step, device)
+    del eager_step
+    begun = time.perf_counter()
+    take_step = step_of(kind, precision, sizes.batch, device, compiled=True)
+    loss = take_step()["loss"]
+    compiling = time.perf_counter() - begun
+    figures = measured(take_step, device)
+    row(f"`--compile`, step of `{kind}`, {sizes.batch} pairs, {precision}",
+        f"eager {1000 * eager.seconds:.1f} ms", f"{1000 * figures.seconds:.1f} ms",
+        f"{eager.seconds / figures.seconds:.2f} x",
+        f"{figures.words()}; compiled in {compiling:.0f} s; first losses {eager_loss:.4f}, {loss:.4f}")
 
 
 COMPARISONS = {
@@ -329,6 +585,7 @@ COMPARISONS = {
     "loss": contrastive_loss,
     "token-drop": token_drop,
     "compile": compiled,
+    "cuda": on_cuda,
 }
 
 

@@ -1,5 +1,8 @@
 """The paper's tables are measured once, and say what was not measured."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +38,20 @@ def test_a_killed_measurement_resumes_where_it_stopped(call, tmp_path, monkeypat
     save_model(seed=1)  # other weights
     with pytest.raises(pytest.fail.Exception):
         call(*options)
+
+
+def test_two_processes_measure_what_one_does_and_one_of_them_says_so(call, tmp_path, capsys):
+    small_esc50(tmp_path / "sets/ESC-50")
+    options = ["--root", "sets", "--batch-size", "3", "--amp", "off"]
+    expected = call(*options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               paper.__file__, *options, "--checkpoint", "model.pt", "--out", "two", "--json", "two.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two.json").read_text()) == expected
+    assert done.stdout.count("audio: 8 items") == 1 and done.stdout.count("| ESC | ") == 1
+    call(*options, "--amp", "bf16")  # is measured, too
+    assert "kept in" not in capsys.readouterr().out
 
 
 def test_a_folder_that_is_not_there_is_wrong_use(call):
