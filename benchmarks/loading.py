@@ -1,14 +1,18 @@
 """What large data sets cost; prints a line for each row. Files are made up, weights random.
 
     python benchmarks/loading.py items       # samples a second on one core, by modality and file
+    python benchmarks/loading.py memory      # what 16 loader processes hold for batches of 2048
     python benchmarks/loading.py manifest    # 2,000,000 rows: time to the first batch, memory of processes
     python benchmarks/loading.py dataset     # 2,000,000 lines of AudioSet beside 300,000 files: time to open
     python benchmarks/loading.py shards      # 5,000 small pairs: tar shards against loose files, and resuming
     python benchmarks/loading.py cache       # epoch 2 with and without --cache-anchor
     python benchmarks/loading.py processes   # losses of 1, 2 and 4 gloo processes, bytes that a step sends
+    python benchmarks/loading.py ddp         # our message of gradients beside DistributedDataParallel
     python benchmarks/loading.py views       # toy world: accuracy by the number of cached views
 """
 
+import copy
+import importlib.util
 import itertools
 import json
 import os
@@ -20,6 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import types
 import wave
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import train  # noqa: E402
-from model import ImageBind, preset  # noqa: E402
+from model import Encoder, ImageBind, preset  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
 
+ROWS = ("items", "memory", "manifest", "dataset", "shards", "cache", "processes", "ddp", "views")
 CPU = torch.device("cpu")
 TINY = {m: preset("tiny", m) for m in ("image", "text", "audio")}
 
@@ -57,8 +63,9 @@ def loader(source, modalities, workers=0):
 
 
 def items(folder, seconds=2.0):
-    """Training and evaluation samples a second on one core, for encoders of `base`; torchvision beside."""
+    """Training and evaluation samples a second on one core, for encoders of `base`; other programs beside."""
     torch.set_num_threads(1)
+    others = loaders_of_other_programs()
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8))
     for name, size in (("small.jpg", (500, 375)), ("hd.jpg", (1280, 720)), ("photo.jpg", (4032, 3024))):
@@ -67,6 +74,7 @@ def items(folder, seconds=2.0):
         report_rate(f"JPEG {size[0]} x {size[1]}", {"image": folder / name}, seconds)
         for kind, load in torchvision_pipelines():
             print(f"    {kind}: {rate(lambda: load(folder / name), seconds):.1f}/s", flush=True)
+        report_others(others, {"image": folder / name}, seconds)
     millimetres = rng.integers(500, 4000, (480, 640)).astype(np.uint16)
     Image.fromarray(millimetres).save(folder / "depth.png")
     report_rate("depth, PNG 640 x 480", {"depth": folder / "depth.png"}, seconds)
@@ -83,6 +91,7 @@ def items(folder, seconds=2.0):
         subprocess.run(["ffmpeg", "-loglevel", "error", *inputs, "-ac", "2", str(path)], check=True)
         files = {"video": path, "audio": path} if ending == "mp4" else {"audio": path}
         report_rate(f"{' and '.join(files)}, .{ending} of 10 s, 44.1 kHz, stereo", files, seconds)
+        report_others(others, files, seconds)
 
 
 def report_rate(what, files, seconds):
@@ -124,6 +133,108 @@ def torchvision_pipelines():
     return [("torchvision, Pillow", lambda path: first(Image.open(path).convert("RGB"))),
             ("torchvision, decode_jpeg and v2",
              lambda path: second(decode_jpeg(read_file(str(path)), ImageReadMode.RGB)))]
+
+
+def loaders_of_other_programs():
+    """[(modality, name, path -> tensor)] of ImageBind's and LanguageBind's loaders for evaluation.
+
+    One that cannot be had is named with the reason.
+    """
+    found = []
+    for program, find in (("ImageBind", of_imagebind), ("LanguageBind", of_languagebind)):
+        left_out = {}
+        for modality in ("image", "audio", "video"):
+            try:
+                found.append((modality, program, find(modality)))
+            except Exception as error:  # not installed, or it does not run with today's libraries
+                left_out.setdefault(str(error).splitlines()[0], []).append(modality)
+        for reason, modalities in left_out.items():
+            print(f"{program}'s loaders of {', '.join(modalities)} are left out: {reason}")
+    return found
+
+
+def of_imagebind(modality):
+    """The released program's loader of one file."""
+    with_old_names_of_torchvision()
+    original = importlib.import_module("imagebind.data")
+    load = {"image": original.load_and_transform_vision_data, "audio": original.load_and_transform_audio_data,
+            "video": original.load_and_transform_video_data}[modality]
+    return lambda path: load([str(path)], "cpu")
+
+
+def with_old_names_of_torchvision():
+    """pytorchvideo asks for a module that torchvision has renamed."""
+    renamed = importlib.import_module("torchvision.transforms._functional_tensor")
+    sys.modules.setdefault("torchvision.transforms.functional_tensor", renamed)
+
+
+def of_languagebind(modality):
+    """LanguageBind's loader of one file, by the settings of its released weights."""
+    with_old_names_of_torchvision()
+    if "languagebind" not in sys.modules:
+        spec = importlib.util.find_spec("languagebind")
+        if spec is None:
+            raise ImportError("No module named 'languagebind'")
+        # without its models and what these need
+        package = sys.modules["languagebind"] = types.ModuleType("languagebind")
+        package.__path__ = spec.submodule_search_locations
+    processing = importlib.import_module(f"languagebind.{modality}.processing_{modality}")
+    settings = {"image": {}, "video": dict(num_frames=8, video_decode_backend="decord"),
+                "audio": dict(audio_sample_rate=16000, num_mel_bins=112, target_length=1036,
+                              audio_mean=-4.2677393, audio_std=4.5689974)}[modality]
+    config = types.SimpleNamespace(vision_config=types.SimpleNamespace(**settings))
+    transform = getattr(processing, f"get_{modality}_transform")(config)
+    load = getattr(processing, f"load_and_transform_{modality}")
+    options = dict(video_decode_backend="decord") if modality == "video" else {}
+    return lambda path: load(str(path), transform, **options)
+
+
+def report_others(others, files, seconds):
+    """Prints the rates of other programs' loaders on the same files."""
+    for modality, program, load in others:
+        if modality in files:
+            try:
+                speed = f"{rate(lambda: load(files[modality]), seconds):.1f}/s in evaluation"
+            except Exception as error:
+                speed = f"does not read it here: {type(error).__name__}, {str(error).splitlines()[0][:100]}"
+            print(f"    {program}, {modality}: {speed}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# memory
+
+
+class MadeUp(torch.utils.data.Dataset):
+    """Samples of the sizes of `base`, without any work."""
+
+    picture, sound = torch.rand(3, 224, 224), torch.rand(1, 128, 204)
+
+    def __getitem__(self, index):
+        return {"index": torch.tensor(index), "image": self.picture, "audio": self.sound}
+
+
+def memory(folder, batch_size=2048, workers=16, seconds=20):
+    """What the loader holds for --batch-size 2048 --micro-batch 64 --workers 16 while a step is taken."""
+    samples = MadeUp()
+    of_a_sample = sum(x.nbytes for x in samples[0].values())
+    keys = (list(range(batch_size)) for _ in range(10))
+    shared = used_shared_memory()
+    batches = data.load_batches(samples, keys, workers, CPU)
+    batch, _ = next(batches)
+    most, start = 0, time.monotonic()
+    while time.monotonic() - start < seconds:  # a step, in which the loader gets as far ahead as it may
+        most = max(most, used_shared_memory() - shared)
+        time.sleep(0.1)
+    own = [private_memory(process.pid) for process in torch.multiprocessing.active_children()]
+    whole = 2 * workers * batch_size * of_a_sample  # by DataLoader's prefetch_factor of 2
+    print(f"batches of {batch_size} pairs, {len(batch['image']) * of_a_sample / 1e9:.2f} GB each, {len(own)} "
+          f"loader processes: {most / 1e9:.2f} GB of shared memory at most, and {sum(own) / 1e3:.2f} GB of "
+          f"their own; whole batches in every process, by arithmetic: {whole / 1e9:.1f} GB")
+
+
+def used_shared_memory():
+    """Bytes that are taken in /dev/shm (Linux), where loader processes lay tensors."""
+    return shutil.disk_usage("/dev/shm").used
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,6 +451,69 @@ def counted_training():
 
 
 # ---------------------------------------------------------------------------------------------
+# ddp
+
+
+def ddp(folder):
+    """Our one message of gradients after the backward pass beside DistributedDataParallel, two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, __file__, "ddp-process"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def ddp_process(depth=4, batch_size=2, repeats=10):
+    """One of two processes: passes of an audio tower of `base` with fewer blocks, both ways in turn."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    ours = Encoder(replace(preset("base", "audio"), depth=depth))
+    theirs = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(ours), gradient_as_bucket_view=True)
+    theirs.register_comm_hook(None, sum_of_bucket)
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(batch_size, *ours.config.input_shape)
+    target = torch.randn(batch_size, ours.config.embed_dim)
+
+    def passes(encoder):
+        encoder.zero_grad()
+        (encoder(x) * target).mean().backward()
+
+    def by_message():
+        passes(ours)
+        train.sum_gradients(list(ours.parameters()))
+
+    def alone():
+        passes(ours)
+
+    def by_ddp():
+        passes(theirs)
+
+    took = {by_message: [], by_ddp: [], alone: []}
+    for repeat in range(repeats + 2):  # two warm up
+        for step in (alone, by_ddp, by_message):
+            dist.barrier()
+            seconds = timed(step)
+            if repeat >= 2:
+                took[step].append(seconds)
+    pairs = zip(ours.parameters(), theirs.module.parameters(), strict=True)
+    difference = max((a.grad - b.grad).abs().max().item() for a, b in pairs)
+    largest = max(p.grad.abs().max().item() for p in ours.parameters())
+    if dist.get_rank() == 0:
+        ratio = statistics.median(a / b for a, b in zip(took[by_message], took[by_ddp]))
+        message, buckets, nothing = (1000 * statistics.median(took[s]) for s in (by_message, by_ddp, alone))
+        size = sum(p.nbytes for p in ours.parameters()) / 1e6
+        print(f"audio tower of `base` with {depth} blocks, {size:.0f} MB of gradients, two processes, "
+              f"{batch_size} items in each:\nforward and backward {nothing:.0f} ms, with our one message "
+              f"{message:.0f} ms, by DistributedDataParallel {buckets:.0f} ms; ours takes {ratio:.2f} x its "
+              f"time; gradients equal to {difference:.0e} (largest {largest:.0e})")
+    dist.destroy_process_group()
+
+
+def sum_of_bucket(_, bucket):
+    """Sums a bucket's gradients, where DistributedDataParallel itself would average."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+# ---------------------------------------------------------------------------------------------
 # views
 
 
@@ -361,7 +535,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["train"]:
         del sys.argv[1]
         counted_training()
+    elif sys.argv[1:2] == ["ddp-process"]:
+        ddp_process()
     else:
-        for name in sys.argv[1:] or ("items", "manifest", "dataset", "shards", "cache", "processes", "views"):
+        for name in sys.argv[1:] or ROWS:
             with tempfile.TemporaryDirectory() as place:
                 globals()[name](Path(place))
