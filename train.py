@@ -119,9 +119,8 @@ def describe_roles(pair, role, has_weights):
     name = "-".join(pair)
     if role.frozen:
         return f"{name}: {role.frozen} is frozen, {role.leader} learns"
-    if has_weights.isdisjoint(encoder_of(m) for m in pair):
-        return f"{name}: neither has weights, both learn"
-    return f"{name}: both learn"
+    both_new = has_weights.isdisjoint(encoder_of(m) for m in pair)
+    return f"{name}: {'neither has weights, ' * both_new}both learn"
 
 
 def learners_of_run(pairs, has_weights, learn=None):
@@ -244,12 +243,10 @@ def sum_over_processes(numbers):
 
 def sum_gradients(parameters):
     """Sums the gradients over all processes, as one message."""
-    if processes() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = parameters_to_vector(gradients)
-    dist.all_reduce(flat)
-    vector_to_parameters(flat, gradients)
+    if processes() > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        message = sum_over_processes(parameters_to_vector(gradients))
+        vector_to_parameters(message, gradients)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,8 +304,7 @@ def train_pair(args, run, model, pair, has_weights, device, saved=None):
             model.pairs[name] = min(1 / figures["temperature"], MAX_LOGIT_SCALE)
             figures["waiting"] = waited / (time.monotonic() - begun)  # share of the time, for data
             run.log(event="step", pair=name, step=step, **figures, lr=lr, bad=counts["bad"])
-            shown = {key: f"{value:.3g}" for key, value in figures.items()} | counts
-            progress.set_postfix(shown, refresh=False)
+            progress.set_postfix(figures | counts, refresh=False)
         progress.update()
         # Save now and then, before an evaluation, at the end, and when asked to stop.
         if stop or run.due() or evaluation_due(args, step) or step == settings["steps"]:
@@ -402,11 +398,10 @@ def evaluate_run(args, run, model, pairs, step=None):
     limit = None if held_out else 1000  # training items tell little, so a part of them is enough
     recall, zeroshot, bad = evaluate.measure_pairs(model, source, modalities, workers=args.workers,
                                                    limit=limit)
-    names = ["-".join(pair) for pair in pairs]
     chance = 1 / len(source.classes) if source.classes else None
     without = left_out(source, bad, modalities)
-    figures = {"pair": ",".join(names), "zeroshot_top1": zeroshot, "retrieval_r1": recall, "chance": chance,
-               "held_out": held_out, "match": "class" if source.classes else "item",
+    figures = {"pair": ",".join(map("-".join, pairs)), "zeroshot_top1": zeroshot, "retrieval_r1": recall,
+               "chance": chance, "held_out": held_out, "match": "class" if source.classes else "item",
                "bad": without["bad"], "absent": without["absent"]}
     if step is not None:
         run.log(event="eval", step=step, **figures, seconds=time.monotonic() - start)

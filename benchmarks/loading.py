@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from model import Encoder, ImageBind, preset  # noqa: E402
+from runtime.loader import load_batches  # noqa: E402
 from sources import open_data  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
 
@@ -55,7 +56,7 @@ def timed(call):
 
 def loader(source, modalities, workers=0):
     samples = data.Samples(source, {m: TINY[m] for m in modalities})
-    return data.load_batches(samples, data.batch_keys(source, 64, 1), workers, CPU)
+    return load_batches(samples, data.batch_keys(source, 64, 1), workers, CPU)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def memory(folder, batch_size=2048, workers=16, seconds=20):
     of_a_sample = sum(x.nbytes for x in samples[0].values())
     keys = (list(range(batch_size)) for _ in range(10))
     shared = used_shared_memory()
-    batches = data.load_batches(samples, keys, workers, CPU)
+    batches = load_batches(samples, keys, workers, CPU)
     batch, _ = next(batches)
     most, start = 0, time.monotonic()
     while time.monotonic() - start < seconds:  # a step, in which the loader gets as far ahead as it may

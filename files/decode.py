@@ -313,13 +313,11 @@ class Sound:
     any that is not finite. T is a guess where a file does not state its length.
     """
 
-    is_whole = True
-
     def __init__(self, rate, channels, seconds, samples):
         require(1000 <= rate <= 768_000, f"a sample rate of {rate} Hz")
         self.rate, self.seconds, self.samples = rate, seconds, samples
-        self.ratio = Fraction(rate, SAMPLE_RATE)
-        self.first, self.shape = 0, (channels, math.ceil(seconds * SAMPLE_RATE))
+        self.first, self.is_whole = 0, True
+        self.shape = channels, math.ceil(seconds * SAMPLE_RATE)
 
     def cut(self, start, seconds):
         """Keeps a clip as the whole sound; returns it."""
@@ -346,7 +344,8 @@ class Sound:
 
     def decode(self, first, last, channels):
         """Samples first to last at 16 kHz, of the first channels: the same whatever else is read."""
-        old, new, reach = grid(self.ratio)
+        ratio = Fraction(self.rate, SAMPLE_RATE)
+        old, new, reach = grid(ratio)
         # in the file's own samples: from where both grids meet, and as far around as the filter reaches
         begin = max(0, first // new * old - reach)
         end = (last // new + 1) * old + reach
@@ -356,7 +355,7 @@ class Sound:
         require(count <= MAX_SAMPLES, f"more than {MAX_SAMPLES:,} samples at once: give start and seconds")
         require(wave.isfinite().all(), "samples that are not finite")
         skip = begin // old * new
-        return resample(wave, self.ratio)[:, first - skip : last - skip] if wave.shape[1] else wave
+        return resample(wave, ratio)[:, first - skip : last - skip] if wave.shape[1] else wave
 
 
 def open_samples(x, rate):

@@ -8,7 +8,6 @@ import copy
 import hashlib
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Samples, cached_view
@@ -16,7 +15,7 @@ from files.checkpoints import read_checkpoint, save_atomic, weights_digest
 from files.errors import require
 from loss import processes, rank
 from model import ImageBind, encoder_of
-from runtime.cli import RunError
+from runtime.cli import RunError, from_all
 from runtime.loader import load_batches
 from runtime.run import STOP, TOY_CODE, code_digest
 
@@ -64,16 +63,14 @@ def cache_anchor(args, run, model, anchor, source, augment):
     Its folder's name is a digest of everything that an embedding depends on: stale caches are never used, and
     runs with equal settings share one. A file appears when it is whole; each process makes every world-th.
     """
-    encoder, views, name = model.encoder(anchor), args.cache_anchor, [None]
+    encoder, views, name = model.encoder(anchor), args.cache_anchor, None
     if run.main:
         code = code_digest(*TOY_CODE, "files/*.py", "sources/*.py", "runtime/cache.py")
         weights = weights_digest(encoder)
         made_from = (source.fingerprint(anchor), weights, encoder.config, anchor, views, augment, model.amp,
                      code)
-        name = [hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]]
-    if processes() > 1:
-        dist.broadcast_object_list(name)
-    cache = Cache(run.folder.parent / "cache" / name[0], source, anchor, views)
+        name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    cache = Cache(run.folder.parent / "cache" / from_all(name)[0], source, anchor, views)
     missing = [part for part in range(rank(), source.parts(), processes()) if not cache.path(part).exists()]
     keys = (batch for part in missing for batch in cache.keys(part))
     samples = CachedViews(source, {anchor: encoder.config}, augment=augment)

@@ -17,14 +17,13 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from files.checkpoints import errors_of_file, read_checkpoint, read_json, save_atomic
 from files.errors import errors_named, require
-from loss import processes, rank
+from loss import rank
 from model import MODALITIES, ImageBind
-from runtime.cli import RunError
+from runtime.cli import RunError, from_all
 
 LOGS = ("log.jsonl", "bad_items.txt")
 # Options that a resumed run may be given anew: these change no weight by a bit,
@@ -97,10 +96,7 @@ class Run:
 
     def add_bad_items(self, items):
         """Adds the items that any process could not read to bad_items.txt, each once. Collective."""
-        if processes() > 1:
-            gathered = [None] * processes()
-            dist.all_gather_object(gathered, items)
-            items = itertools.chain(*gathered)
+        items = itertools.chain(*from_all(items))
         path = self.folder / "bad_items.txt"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         known = {line.split("\t")[0] for line in lines}
@@ -180,10 +176,9 @@ def choose_folder(args):
         candidates = map(Path, [args.out] if args.out else names)
         runs = ([path, (path / "config.json").exists()] for path in candidates)
         found = next((run for run in runs if args.resume or not run[1]), found)
-    if processes() > 1:
-        dist.broadcast_object_list(found)
-    require(found[0], f"--out {args.out} holds a run already: --resume it, or name another folder")
-    return found
+    folder, resumes = from_all(found)[0]
+    require(folder, f"--out {args.out} holds a run already: --resume it, or name another folder")
+    return folder, resumes
 
 
 def options_of_run(folder, args, parse_args):
@@ -212,8 +207,7 @@ def options_of_run(folder, args, parse_args):
 
 def wait_for_all():
     """Waits until every process has come here."""
-    if processes() > 1:
-        dist.barrier()
+    from_all(None)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import evaluate
 import train
 from loss import InfoNCE
 from model import ImageBind, preset
-from runtime import cli
+from runtime import cli, loader
 from runtime.cache import in_type, with_anchor
 from runtime.cli import RunError
 from sources.toy import ToyWorld
@@ -134,16 +134,16 @@ def test_auto_is_fp16_where_bf16_is_emulated(monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_to_the_device_by_pinned_memory(device, monkeypatch, workers):
-    pinned, join = [], data.join_parts
+    pinned, join = [], loader.join_parts
 
     def noted_join(parts, device):
         pinned.extend(batch["imu"].is_pinned() for batch, _ in parts)
         return join(parts, device)
 
-    monkeypatch.setattr(data, "join_parts", noted_join)
+    monkeypatch.setattr(loader, "join_parts", noted_join)
     samples = data.Samples(ToyWorld(size=100), {"imu": preset("tiny", "imu")})
-    keys = [list(range(data.PART + 5)), [3, 2]]
-    batches = [batch for batch, _ in data.load_batches(samples, keys, workers, device)]
+    keys = [list(range(loader.PART + 5)), [3, 2]]
+    batches = [batch for batch, _ in loader.load_batches(samples, keys, workers, device)]
     for batch, indices in zip(batches, keys, strict=True):
         assert batch["imu"].device.type == device.type and batch["index"].device == CPU
         assert batch["index"].tolist() == indices

@@ -35,6 +35,8 @@ from sources.base import Source  # noqa: E402
 from sources.toy import ToyWorld  # noqa: E402
 
 TRAIN = str(Path(train.__file__))
+# What train.evaluate_run says of an evaluation that is left out
+NOTHING = {"zeroshot_top1": {}, "retrieval_r1": {}, "held_out": True, "match": "item", "bad": 0, "absent": 0}
 
 
 def events(folder):
@@ -136,7 +138,7 @@ def weights(folder):
 
 def same(a, b):
     """Whether two runs have the same weights, to the bit, and the same log but for the time."""
-    logs = [[e | {"seconds": None} for e in events(folder)] for folder in (a, b)]
+    logs = [[e | {"seconds": None, "waiting": None} for e in events(folder)] for folder in (a, b)]
     a, b = weights(a), weights(b)
     return logs[0] == logs[1] and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -161,7 +163,7 @@ THREE = ["--pair", "depth-imu,image-depth,imu-thermal", "--learn", "depth,imu,th
 
 
 def test_a_run_killed_between_its_two_files_ends_with_the_same_bits(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: None)
+    monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: ([], NOTHING))
     whole, save, saves = run(*THREE, out=tmp_path / "whole"), runs.save_atomic, []
     held = torch.load(whole / "state.pt", weights_only=True)["model"]["weights"]
     assert {key.split(".")[1] for key in held} == {"depth", "imu", "thermal"}  # image is in model.pt alone
@@ -239,7 +241,7 @@ def test_one_command_starts_a_run_and_goes_on_and_ends(run, quick, monkeypatch, 
 
 
 def test_resume_auto_without_out_is_the_run_of_its_pair(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: None)
+    monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: ([], NOTHING))
     shutil.copytree("runs/toy-anchor", tmp_path / train.TOY_ANCHOR)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -274,9 +276,7 @@ def test_a_cached_anchor_gives_the_same_losses_and_is_embedded_once_though_kille
     options = ["--pair", "image-depth", "--samples", 150, "--steps", 6, "--batch-size", 32,
                "--cache-anchor", 3, "--workers", 0]
     monkeypatch.setattr(Source, "part_size", 40)
-    nothing = {"zeroshot_top1": {}, "retrieval_r1": {}, "held_out": True, "match": "item", "bad": 0,
-               "absent": 0}
-    monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: ([], nothing))
+    monkeypatch.setattr(train, "evaluate_run", lambda *args, **options: ([], NOTHING))
     read, save, seen = ToyWorld.read, cache.save_atomic, []
     monkeypatch.setattr(ToyWorld, "read", lambda self, i, m: seen.append((self.split, m)) or read(self, i, m))
 
