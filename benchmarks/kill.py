@@ -35,6 +35,8 @@ TRAIN = ["train.py", "--pair", "image-imu", "--steps", "40", "--batch-size", "16
 CASES = {  # name -> options beside TRAIN
     "plain": ["--samples", "160", "--workers", "0", "--amp", "off"],
     "workers": ["--samples", "160", "--workers", "2", "--amp", "bf16"],
+    "pairs": ["--pair", "image-imu,image-depth", "--eval-every", "20", "--samples", "160", "--workers", "0",
+              "--amp", "off"],
     "manifest": ["--data", "pairs.csv", "--preset", "tiny", "--init", "anchor.pt",
                  "--workers", "2", "--amp", "off"],
     "shards": ["--data", "pairs.tar", "--preset", "tiny", "--init", "anchor.pt",
