@@ -26,7 +26,7 @@ import torchaudio
 from PIL import Image
 
 from clip_weights import tokenizer
-from files.decode import OPENERS, SAMPLE_RATE, DataError, Sound, Video, errors_named, pixels
+from files.decode import OPENERS, SAMPLE_RATE, DataError, Sound, Video, errors_named, is_plain, pixels, upright
 from files.randaugment import MOVES, draw_operations, operate
 from model import preset
 
@@ -74,7 +74,9 @@ def transform(modality, x, config, rng=None, view=None):
 
 def evaluate_image(x, config):
     """A picture, (H, W, 3) uint8 or not yet decoded -> (3, size, size)."""
-    picture = resize_and_crop(Image.fromarray(pixels(x)), config.input_shape[-1])
+    # One in plain colours stays Pillow's: as an array and back it would be copied four times.
+    picture = upright(x) if is_plain(x) else Image.fromarray(pixels(x))
+    picture = resize_and_crop(picture, config.input_shape[-1])
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return normalise(x.float() / 255, config)
 
@@ -344,9 +346,8 @@ def train_video(x, config, rng, view):
     return augment_frames(clip, config, view).transpose(0, 1)
 
 
-def augment_frames(frames, config, view):
+def augment_frames(x, config, view):
     """Cropped frames (T, 3, size, size) uint8 -> float, varied as the view says, all frames alike."""
-    x = frames
     for name, strength in view.operations:
         x = torch.stack([operate(name, frame.permute(1, 2, 0), strength) for frame in x])
         x = x.permute(0, 3, 1, 2)

@@ -362,8 +362,7 @@ class ImageBind(nn.Module):
     def encode(self, modality, x):
         """Embeddings (B, E) float32 of unit length, differentiable; x is one clip per item."""
         with torch.autocast(x.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            z = self.encoder(modality)(x)  # (B, E)
-        return F.normalize(z.float(), dim=-1)
+            return F.normalize(self.encoder(modality)(x).float(), dim=-1)
 
     @torch.no_grad()
     def embed(self, modality, x):

@@ -228,10 +228,9 @@ def take_step(model, pair, batch, criterion, optimizer, scaler, clip_grad, micro
     # The figures are read once, at the end: the host waits for the device there.
     sums = sum_over_processes(torch.stack([loss.detach(), accuracy]))
     values = torch.stack([*sums, norm, 1 / criterion.logit_scale.detach()]).tolist()
-    figures = dict(zip(("loss", "accuracy", "gradient_norm", "temperature"), values))
-    if not math.isfinite(figures["loss"]):
-        raise FloatingPointError(f"the loss is {figures['loss']}")
-    return figures
+    if not math.isfinite(values[0]):
+        raise FloatingPointError(f"the loss is {values[0]}")
+    return dict(zip(("loss", "accuracy", "gradient_norm", "temperature"), values))
 
 
 def sum_over_processes(numbers):
@@ -254,8 +253,7 @@ def sum_gradients(parameters):
 
 
 def train_pair(args, run, model, pair, has_weights, device, saved=None):
-    """Binds one pair. has_weights: the encoders trained so far, to which it adds this pair's; saved: what a
-    checkpoint of this pair held, to resume from."""
+    """Binds one pair, from what a checkpoint of it saved. Adds to has_weights, the encoders trained so far."""
     # Who learns from what, by which settings.
     name = "-".join(pair)
     role = roles(pair, has_weights, args.learn)
@@ -276,7 +274,6 @@ def train_pair(args, run, model, pair, has_weights, device, saved=None):
     # Batches from that step on.
     learning, batches = training_batches(args, run, model, pair, role.frozen, source, settings, step)
     progress = tqdm(total=settings["steps"], initial=step, desc=name, unit="step", disable=run.quiet)
-
     while True:
         # Evaluate now and then, to see alignment emerge; this step is saved already.
         if evaluation_due(args, step):

@@ -117,7 +117,8 @@ def result(out):
         return json.loads((out / "table.json").read_text())
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     weights = torch.load(out / "model.pt", weights_only=True)["weights"]
-    return [e | {"seconds": None, "waiting": None} for e in events], {name: t.numpy().tobytes() for name, t in weights.items()}
+    timeless = [event | {"seconds": None, "waiting": None} for event in events]
+    return timeless, {name: t.numpy().tobytes() for name, t in weights.items()}
 
 
 def writing(folder, since):

@@ -173,7 +173,12 @@ def to_rgb(picture):
     if picture.mode.endswith(("A", "a")) or "transparency" in picture.info:
         ground = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def is_plain(x):
+    """Whether it is a Pillow picture that is RGB already."""
+    return isinstance(x, Image.Image) and x.mode == "RGB" and "transparency" not in x.info
 
 
 def to_levels(x):
@@ -402,7 +407,7 @@ def open_wav(item, file):
             raw = file.read(max(0, last - first) * block)
         if each == 1:
             return from_pcm(raw, kind, bits, channels, wanted)
-        return from_blocks(raw, form, block, each)[:wanted, begin - first * each : end - first * each]
+        return from_blocks(raw, form, block)[:wanted, begin - first * each : end - first * each]
 
     return rate, channels, blocks * each / max(rate, 1), samples
 
@@ -444,23 +449,18 @@ def from_pcm(raw, kind, bits, channels, wanted):
     return torch.from_numpy(wave)
 
 
-def from_blocks(raw, form, block, each):
+def from_blocks(raw, form, block):
     """The bytes of a WAV file's blocks of ADPCM, and of its format -> (channels, T) float32 in -1..1.
 
     FFmpeg makes packets of several blocks, of which torchcodec 0.17 keeps the first and drops the rest
-    without a word. In an AVI each chunk is a packet: so it is given an AVI, with a chunk for each block.
+    without a word: so it is given a file for each block.
     """
-    def chunk(name, content):
-        return name + struct.pack("<I", len(content)) + content
-
-    blocks = np.frombuffer(raw, np.uint8).reshape(-1, block)
-    heads = np.frombuffer(b"00wb" + struct.pack("<I", block), np.uint8)
-    packets = np.hstack([np.tile(heads, (len(blocks), 1)), blocks]).tobytes()
-    stream = struct.pack("<4s16xI4s4xII12x", b"auds", each, form[4:8], len(blocks), block)
-    stream = b"strl" + chunk(b"strh", stream) + chunk(b"strf", form)
-    head = b"hdrl" + chunk(b"avih", struct.pack("<24xI28x", 1)) + chunk(b"LIST", stream)  # one stream
-    film = chunk(b"RIFF", b"AVI " + chunk(b"LIST", head) + chunk(b"LIST", b"movi" + packets))
-    return import_torchcodec().decoders.AudioDecoder(film).get_all_samples().data.float()
+    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", block)
+    head = b"RIFF" + struct.pack("<I", len(head) + block) + head
+    open_decoder, parts = import_torchcodec().decoders.AudioDecoder, []
+    for at in range(0, len(raw), block):
+        parts.append(open_decoder(head + raw[at : at + block]).get_all_samples().data.float())
+    return torch.cat(parts, dim=1)
 
 
 def open_compressed(item):

@@ -35,8 +35,7 @@ def load_batches(samples, keys, workers, device):
         samples, batch_sampler=parts(), num_workers=workers, prefetch_factor=ahead, collate_fn=collate,
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
     for part in loader:
-        of_batch = [part, *itertools.islice(loader, waiting.popleft() - 1)]
-        yield join_parts(of_batch, device)
+        yield join_parts([part, *itertools.islice(loader, waiting.popleft() - 1)], device)
 
 
 def join_parts(parts, device):

@@ -5,11 +5,6 @@ from pathlib import Path
 from model import trained_together
 
 
-def show(command, result):
-    """Prints what a command of evaluate.py found."""
-    SHOW[command](result)
-
-
 def left_out(source, bad, modalities):
     """The part of every result that says what it is without: absent items, and Bad ones, each once."""
     absent = source.absent + sum(int((source.items(m)[1] < 0).sum()) for m in modalities)
@@ -17,40 +12,31 @@ def left_out(source, bad, modalities):
     return {"absent": absent, "bad": len(names), "bad_items": names[:100], "note": source.note}
 
 
+def show(command, result):
+    """Prints what a command of evaluate.py found: tables, or a line for each figure."""
+    if command == "matrix":
+        print(matrix_table(result["modalities"], result["retrieval_r1"], result["pairs"]))
+        print(f"right is what has the query's {result['match']}; {left_out_in_words(result)}")
+    elif command == "compare":
+        show_compare(result)
+    else:
+        show_figures(result)
+
+
 def left_out_in_words(result):
-    """How many items a result's figures are without, and why."""
-    words = [f"{result['bad']} unreadable, {result['absent']} absent"]
-    for key in ("unlabelled", "without_match"):
-        words += [f"{result[key]} {key.replace('_', ' ')}"] if result.get(key) else []
-    return ", ".join(words + list(filter(None, [result.get("note")])))
+    return f"left out: {result['bad']} unreadable, {result['absent']} absent"
 
 
-def show_zeroshot(result):
-    shares = [f"{key} {value:.1%}" for key, value in result.items() if isinstance(value, float)]
-    print(f"{result['modality']}: {result['items']} items ({left_out_in_words(result)}), "
-          f"{result['classes']} classes, {len(result['prompts'])} prompts: {', '.join(shares)}")
-
-
-def show_retrieval(result):
-    query, gallery = result["query"], result["gallery"]
-    for way in (f"{query}->{gallery}", f"{gallery}->{query}"):
-        figures = result[way]
-        recall = ", ".join(f"R@{k} {figures[f'R@{k}']:.1%}" for k in (1, 5, 10))
-        print(f"{way} by {result['match']}: {figures['queries']} queries, {figures['items']} items "
-              f"({left_out_in_words(result | figures)}): {recall}, median rank {figures['median_rank']:g}")
-
-
-def show_fewshot(result):
-    for k, figures in result["shots"].items():
-        print(f"{result['modality']}, {k} per class: {figures['mean']:.1%} +- {figures['deviation']:.1%} "
-              f"on {figures['test_items']} of {result['items']} items ({left_out_in_words(result)}), "
-              f"{result['classes']} classes, {result['draws']} draws")
-
-
-def show_arithmetic(result):
-    print(f"{' + '.join(result['add'])}, nearest of {result['items']} items ({left_out_in_words(result)}):")
-    for item in result["found"]:
-        print(f"  {item['similarity']:.3f}  {item['item']}")
+def show_figures(result, indent=""):
+    """Prints a line for each figure; prompts, and the names of what is left out, are in --json alone."""
+    for key, value in result.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}:")
+            show_figures(value, indent + "  ")
+        elif key == "found":
+            print(*(f"  {item['similarity']:.3f}  {item['item']}" for item in value), sep="\n")
+        elif value != "" and not isinstance(value, list):
+            print(f"{indent}{key:20}", f"{value:.4g}" if isinstance(value, float) else value)
 
 
 def matrix_table(modalities, recall, pairs):
@@ -79,12 +65,7 @@ def show_summary(modalities, figures, pairs):
     print(f"\nretrieval on {where}, by {figures['match']}:")
     print(matrix_table(modalities, figures["retrieval_r1"], pairs))
     if figures["bad"] or figures["absent"]:
-        print(f"\nleft out of these figures: {left_out_in_words(figures)}")
-
-
-def show_matrix(result):
-    print(matrix_table(result["modalities"], result["retrieval_r1"], result["pairs"]))
-    print(f"right is what has the query's {result['match']}; left out: {left_out_in_words(result)}")
+        print(f"\n{left_out_in_words(figures)}")
 
 
 def show_compare(result):
@@ -97,7 +78,3 @@ def show_compare(result):
         print(" " * 20 + "".join(f"{name[:12]:>14}" for name in names[b]))
         for name, row in zip(names[a], table):
             print(f"{name[:19]:20}" + "".join(f"{p:14.4e}" for p in row))
-
-
-SHOW = {"zeroshot": show_zeroshot, "retrieval": show_retrieval, "fewshot": show_fewshot,
-        "arithmetic": show_arithmetic, "matrix": show_matrix, "compare": show_compare}

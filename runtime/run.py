@@ -193,7 +193,6 @@ def options_of_run(folder, args, parse_args):
     for path in folder.iterdir():
         require(not path.is_symlink(), f"--resume {folder}: {path.name} is a link; a run writes here alone")
     if auto and not (folder / "state.pt").exists():
-        require(not Run(folder).finished(), f"{folder} is finished and has no state.pt; name another --out")
         return args
     config = Run(folder).read_config() | {"resume": args.resume, "out": args.out if auto else str(folder)}
     saved = {key: value for key, value in config.items() if hasattr(args, key)}

@@ -195,7 +195,7 @@ def test_each_pair_draws_the_rows_that_have_both(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "image-depth: 25 of 40 rows have both, 15 are absent" in printed
     assert "image-imu: 15 of 40 rows have both, 25 are absent" in printed
-    assert "left out of these figures: 0 unreadable, 40 absent" in printed
+    assert "left out: 0 unreadable, 40 absent" in printed
     assert ImageBind.load(tmp_path / "run/model.pt").pairs.keys() == {"image-depth", "image-imu"}
 
 
