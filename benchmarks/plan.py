@@ -89,8 +89,8 @@ def plan_pair(args, settings, encoders, device):
         seconds += time_of_pair
         # Bytes of weights, and of a learning encoder's gradients and AdamW's two averages.
         fixed += parameters * (16 if learns else 4)
-        # A frozen encoder that runs in another type has a copy of its weights for that.
-        if amp and not learns:
+        # A frozen encoder that runs in another type has a copy of its weights for that, unless it is cached.
+        if amp and not learns and not args.cache_anchor:
             fixed += sum(p.nbytes for p in in_type(encoder, amp).parameters())
         kept = max(kept, activations) if held < share else kept + activations
         working = max(working, bytes_of_a_block(config))

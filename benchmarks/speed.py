@@ -355,7 +355,7 @@ def compiled_run():
             losses.append([event["loss"] for event in events if event["event"] == "step"])
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
     row(
-        "`--compile`, a run of four pairs of `tiny`, 6 steps each, 12 evaluations",
+        "`--compile`, a run of four pairs of `tiny`, 6 steps each, 9 evaluations",
         f"eager {seconds[0]:.0f} s",
         f"{seconds[1]:.0f} s, compiling included",
         "",

@@ -386,6 +386,9 @@ def test_a_plan_adds_up_what_its_probe_measures_and_writes_nothing(monkeypatch, 
     assert f"1220 steps of 2048 pairs, processes: 8, {epoch * 0.005 / 8:.3g} h" in split
     assert "activations of 2048 pairs" in whole and "activations of 64 pairs" in split
     assert f"{(632.8 * 4 + 86.2 * 16) / 1000:.2f} GB weights" in whole and not list(tmp_path.iterdir())
+    # the frozen one's copy
+    assert f"{(632.8 * (4 + 2) + 86.2 * 16) / 1000:.2f} GB weights" in printed("--amp", "bf16")
+    assert f"{(632.8 * 4 + 86.2 * 16) / 1000:.2f} GB weights" in printed("--amp", "bf16", "--cache-anchor")
     assert (
         "assumes that image and text have weights" in whole
         and "assumes the paper's data for image-audio" in whole
@@ -399,6 +402,23 @@ def test_the_probe_counts_what_is_kept_for_the_backward_pass():
     per_block = 18 * config.tokens * config.width * 4
     assert kept == pytest.approx(config.depth * per_block, rel=0.3)
     assert plan.probe(config, False, None, 0.0, torch.device("cpu"), 3)[2] == 0
+
+
+def test_the_probe_doubles_its_batch_while_memory_and_time_allow(monkeypatch):
+    config, sizes = train.preset("tiny", "imu"), []
+
+    def probed(most, seconds, free):
+        sizes.clear()
+        monkeypatch.setattr(plan, "free_memory", lambda device: free)
+        monkeypatch.setattr(plan, "measure", lambda model, config, learns, device, items: (
+            sizes.append(items) or (items * seconds / 2, items * seconds / 2, items * 1e6)))
+        assert plan.probe(config, True, None, 0.0, torch.device("cpu"), most)[2] == pytest.approx(1e6)
+        return list(sizes)
+
+    assert probed(most=5, seconds=0, free=1e12) == [1, 2, 4, 8]
+    assert probed(most=500, seconds=0.6, free=1e12) == [1, 2, 4]
+    assert probed(most=500, seconds=0, free=2e7) == [1, 2, 4, 8]  # 16 would need more than 60 % of 20 MB
+    assert probed(most=500, seconds=9, free=0) == [1, 2]  # one size tells nothing
 
 
 def test_fp16_passes_over_a_step_that_overflows(run, monkeypatch, tmp_path):
