@@ -36,7 +36,7 @@ from model import MODALITIES, PRESETS, ImageBind, encoder_of, preset
 from runtime import cli
 from runtime.cache import cache_anchor, in_type, with_anchor
 from runtime.cli import RunError, UsageError
-from runtime.loader import load_batches
+from runtime.loader import cores, load_batches
 from runtime.results import left_out, show_summary
 from runtime.run import STOP, Run, choose_folder, options_of_run, wait_for_all
 from sources import open_data
@@ -53,24 +53,25 @@ from sources import open_data
 SETTINGS = {
     # AudioSet
     "audio": dict(lr=1.6e-3, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=2, epochs=64,
-                  replicate=1.25, drop_path=0.1, temperature=0.05, augment="basic", toy_samples=10_000),
+                  replicate=1.25, drop_path=0.1, temperature=0.05, augment="basic", toy_samples=8_000),
     # SUN RGB-D
     "depth": dict(lr=1.6e-3, weight_decay=0.2, batch_size=512, clip_grad=1.0, warmup=2, epochs=64,
-                  replicate=50, drop_path=0.0, temperature=0.2, augment="strong", toy_samples=48_000),
+                  replicate=50, drop_path=0.0, temperature=0.2, augment="strong", toy_samples=24_000),
     # LLVIP
     "thermal": dict(lr=5e-4, weight_decay=0.05, batch_size=512, clip_grad=5.0, warmup=2, epochs=64,
-                    replicate=25, drop_path=0.0, temperature=0.1, augment="strong", toy_samples=48_000),
+                    replicate=25, drop_path=0.0, temperature=0.1, augment="strong", toy_samples=28_000),
     # Ego4D
     "imu": dict(lr=5e-4, weight_decay=0.5, batch_size=512, clip_grad=1.0, warmup=2, epochs=8, replicate=1,
-                drop_path=0.7, temperature=0.2, augment="none", toy_samples=20_000),
+                drop_path=0.7, temperature=0.2, augment="none", toy_samples=16_000),
     # CLIP's own pairs
     "text": dict(lr=5e-4, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=1, epochs=32, replicate=1,
                  drop_path=0.0, temperature=None, augment="basic", toy_samples=32_000),
 }
 SETTINGS["image"] = SETTINGS["text"]
-# One row for every pair of the toy world, whose size is in toy_samples
-TOY_SETTINGS = dict(lr=2e-3, weight_decay=0.05, batch_size=64, clip_grad=1.0, warmup=0.1, epochs=1,
-                    replicate=1, drop_path=0.0, temperature=None, augment="basic")
+# Every pair of the toy world: only toy_samples and temperature are its learner's. Small batches, because a
+# step more teaches more than a larger one; not augmented, because no sample is seen twice.
+TOY_SETTINGS = dict(lr=2e-3, weight_decay=0.05, batch_size=32, clip_grad=1.0, warmup=0.1, epochs=1,
+                    replicate=1, drop_path=0.0, augment="none")
 TOY_ANCHOR = Path("runs/toy-anchor")
 
 
@@ -147,11 +148,9 @@ def settings_for(args, leader, rows, items=None):
 
     rows, items: of the pair (data.count_rows).
     """
-    row = TOY_SETTINGS if args.data == "toy" else SETTINGS[encoder_of(leader)]
-    settings = dict(row)
-    for name in TOY_SETTINGS:
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
+    row = SETTINGS[encoder_of(leader)] | (TOY_SETTINGS if args.data == "toy" else {})
+    given = {name: value for name, value in vars(args).items() if name in row and value is not None}
+    settings = row | given
     if settings["temperature"] == "learned":
         settings["temperature"] = None
     # A batch is no larger than an epoch, holds no item twice, and gives every process a part.
@@ -490,6 +489,9 @@ def train(args, run):
     if args.micro_batch and device.type == "mps":
         # https://github.com/pytorch/pytorch/issues/127676: the second forward pass would drop other parts.
         raise UsageError("--micro-batch: on Apple's GPU PyTorch does not keep the random state it needs")
+    # The tiny encoders gain little by more threads, which would take the cores from the loader's processes.
+    if device.type == "cpu" and args.data == "toy":
+        torch.set_num_threads(max(1, cores() // 2))
     saved = run.load()
     if saved:
         run.go_on(args, source.fingerprint(), saved)

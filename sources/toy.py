@@ -207,8 +207,9 @@ class ToyWorld(Source):
         return x
 
     def render_audio(self, scene, rng):
-        t = np.arange(int(1.3 * SAMPLE_RATE)) / SAMPLE_RATE
-        wave = rng.normal(0, 10 ** rng.uniform(-3.5, -2.5), len(t))  # hiss of the recording
+        # In float32, and with even numbers for the hiss: a quarter of the time
+        t = np.arange(int(1.3 * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
+        wave = 10 ** rng.uniform(-3, -2) * (rng.random(len(t), np.float32) - 0.5)  # hiss of the recording
         for thing in scene:
             material, shape = CONCEPTS[thing.concept]
             phase = 2 * np.pi * (PITCH[shape] * rng.uniform(0.985, 1.015) * t + rng.random())
@@ -217,7 +218,7 @@ class ToyWorld(Source):
             tone = np.sin(phase) + 0.5 * np.sin(2 * phase)  # with one overtone
             tone = tone + rng.uniform(0.5, 1) * noise[start : start + len(t)]
             wave += 10 ** rng.uniform(-1.2, -0.5) * tone  # of any loudness
-        return torch.from_numpy(wave.astype(np.float32))[None]
+        return torch.from_numpy(wave)[None]
 
     def render_imu(self, scene, rng):
         t = np.arange(250) / 50  # 5 s at 50 Hz
@@ -286,4 +287,4 @@ def ringing(resonance):
     distance = abs(np.fft.rfftfreq(size, 1 / SAMPLE_RATE) / resonance - 1)
     spectrum[distance > 0.06] = 0
     noise = np.fft.irfft(spectrum)
-    return noise / np.sqrt(np.mean(noise**2))
+    return (noise / np.sqrt(np.mean(noise**2))).astype(np.float32)

@@ -98,7 +98,7 @@ def test_the_digest_of_the_toy_anchor_covers_all_code_that_makes_it(monkeypatch)
 
     torch.manual_seed(0)
     model = ImageBind([preset("tiny", m) for m in ("image", "text")])
-    settings = dict(train.TOY_SETTINGS, steps=2, steps_per_epoch=2)
+    settings = train.SETTINGS["text"] | train.TOY_SETTINGS | {"steps": 2, "steps_per_epoch": 2}
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     sys.setprofile(note)
     try:
