@@ -26,7 +26,7 @@ import torchaudio
 from PIL import Image
 
 from clip_weights import tokenizer
-from files.decode import OPENERS, SAMPLE_RATE, DataError, Sound, Video, errors_named, is_plain, pixels, upright
+from files.decode import OPENERS, SAMPLE_RATE, DataError, Sound, Video, errors_named, pixels, rgb_picture
 from files.randaugment import MOVES, draw_operations, operate
 from model import preset
 
@@ -74,9 +74,7 @@ def transform(modality, x, config, rng=None, view=None):
 
 def evaluate_image(x, config):
     """A picture, (H, W, 3) uint8 or not yet decoded -> (3, size, size)."""
-    # One in plain colours stays Pillow's: as an array and back it would be copied four times.
-    picture = upright(x) if is_plain(x) else Image.fromarray(pixels(x))
-    picture = resize_and_crop(picture, config.input_shape[-1])
+    picture = resize_and_crop(rgb_picture(x), config.input_shape[-1])
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return normalise(x.float() / 255, config)
 

@@ -38,7 +38,7 @@ from runtime.cache import cache_anchor, in_type, with_anchor
 from runtime.cli import RunError, UsageError
 from runtime.loader import cores, load_batches
 from runtime.results import left_out, show_summary
-from runtime.run import STOP, Run, choose_folder, options_of_run, wait_for_all
+from runtime.run import STOP, Run, choose_folder, options_of_run
 from sources import open_data
 
 # The paper's settings by the modality that learns (appendix B, table 9); image and text as in CLIP.
@@ -252,7 +252,7 @@ def sum_gradients(parameters):
 
 
 def train_pair(args, run, model, pair, has_weights, device, saved=None):
-    """Binds one pair, from what a checkpoint of it saved. Adds to has_weights, the encoders trained so far."""
+    """Binds one pair, from what a checkpoint of it saved. has_weights, the encoders trained so far, grows."""
     # Who learns from what, by which settings.
     name = "-".join(pair)
     role = roles(pair, has_weights, args.learn)
@@ -462,13 +462,13 @@ def toy_anchor(args, run):
         run.say(f"{TOY_ANCHOR} was made by other code or settings")
         for name in ("log.jsonl", "state.pt", "model.pt") if run.main else ():
             (TOY_ANCHOR / name).unlink(missing_ok=True)
-        wait_for_all()
+        cli.from_all(None)  # no process goes on before all are here
     if not anchor.finished():
         run.say(f"no CLIP weights: training the toy anchor (image-text) first, kept in {TOY_ANCHOR}")
         of_anchor = parse_args(["--pair", "image-text", "--amp", args.amp])
         of_anchor.workers = args.workers
         train(of_anchor, anchor)
-    wait_for_all()
+    cli.from_all(None)
     return ImageBind.load(TOY_ANCHOR / "model.pt")
 
 

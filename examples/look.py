@@ -55,8 +55,10 @@ def show_split(source, split):
     indices, items = source.items()
     print(f"{split}: {len(set(items.tolist()))} items in {len(indices)} rows, {source.absent} absent; "
           f"{', '.join(source.columns)}; {len(source.classes)} classes: {'; '.join(source.classes)}")
-    if source.published:
-        print(f"  published: {source.published[0]} items, {source.published[1] or 'no'} classes")
+    # Not of the shorter list that is not the authors' own
+    if source.dataset and split == "test" and "retrieval_" not in source.note:
+        items, classes = DATASETS[source.dataset].published or ("unknown", None)
+        print(f"  published: {items} items, {classes or 'no'} classes")
     for reason, (count, example) in source.reasons.items():
         print(f"  {count} {reason}, such as {example}")
     with suppress(DataError):
@@ -74,9 +76,9 @@ def show_files(source, modality, indices):
     absent, copies, known = [], [], {}
     for index in indices:
         with suppress(DataError, OSError):  # show_units says what cannot be read
-            path = source.file_of(index, modality)
-            if path is None:
+            if modality == "text" or not hasattr(source, "root"):  # not a file of its own
                 return
+            path = source.root / source.row(index)[modality]
             if not path.is_file():
                 absent.append(path)
                 continue

@@ -111,8 +111,7 @@ def picture_of(x):
         x = np.moveaxis(x, 0, 2)
     if x.ndim == 3:
         x = x[..., 0] if x.shape[2] == 1 else to_levels(x)
-    if x.dtype.kind == "f":
-        x = x.astype(np.float32)
+    x = x.astype(np.float32) if x.dtype.kind == "f" else x
     return Image.fromarray(np.ascontiguousarray(x))
 
 
@@ -176,9 +175,11 @@ def to_rgb(picture):
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def is_plain(x):
-    """Whether it is a Pillow picture that is RGB already."""
-    return isinstance(x, Image.Image) and x.mode == "RGB" and "transparency" not in x.info
+def rgb_picture(x):
+    """What open_picture gives, or (H, W, 3) uint8, as a whole Pillow picture in RGB, upright."""
+    if isinstance(x, Image.Image) and x.mode == "RGB" and "transparency" not in x.info:
+        return upright(x)  # as an array and back it would be copied four times
+    return Image.fromarray(pixels(x))
 
 
 def to_levels(x):

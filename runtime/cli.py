@@ -151,9 +151,8 @@ def start_processes(device):
 
 def from_all(thing):
     """What each process brings, in order of rank. Collective."""
-    things = [thing]
+    things = [thing] * processes()
     if processes() > 1:
-        things = [None] * processes()
         dist.all_gather_object(things, thing)
     return things
 

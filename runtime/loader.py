@@ -1,6 +1,5 @@
 """Batches made ahead by other processes, a part at a time, and brought to the device."""
 
-import collections
 import itertools
 import math
 import os
@@ -22,7 +21,7 @@ def load_batches(samples, keys, workers, device):
     workers = cores() if workers is None else workers
     keys = iter(keys)
     first = next(keys, [])
-    waiting = collections.deque()  # number of parts of each batch that the loader has asked for
+    waiting = []  # number of parts of each batch that the loader has asked for
 
     def parts():
         for batch in itertools.chain([first], keys):
@@ -35,7 +34,7 @@ def load_batches(samples, keys, workers, device):
         samples, batch_sampler=parts(), num_workers=workers, prefetch_factor=ahead, collate_fn=collate,
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
     for part in loader:
-        yield join_parts([part, *itertools.islice(loader, waiting.popleft() - 1)], device)
+        yield join_parts([part, *itertools.islice(loader, waiting.pop(0) - 1)], device)
 
 
 def join_parts(parts, device):

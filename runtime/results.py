@@ -14,17 +14,13 @@ def left_out(source, bad, modalities):
 
 def show(command, result):
     """Prints what a command of evaluate.py found: tables, or a line for each figure."""
-    if command == "matrix":
-        print(matrix_table(result["modalities"], result["retrieval_r1"], result["pairs"]))
-        print(f"right is what has the query's {result['match']}; {left_out_in_words(result)}")
-    elif command == "compare":
-        show_compare(result)
-    else:
-        show_figures(result)
+    {"matrix": show_matrix, "compare": show_compare}.get(command, show_figures)(result)
 
 
-def left_out_in_words(result):
-    return f"left out: {result['bad']} unreadable, {result['absent']} absent"
+def show_matrix(result):
+    print(matrix_table(result["modalities"], result["retrieval_r1"], result["pairs"]))
+    print(f"right is what has the query's {result['match']}; "
+          f"left out: {result['bad']} unreadable, {result['absent']} absent")
 
 
 def show_figures(result, indent=""):
@@ -65,7 +61,7 @@ def show_summary(modalities, figures, pairs):
     print(f"\nretrieval on {where}, by {figures['match']}:")
     print(matrix_table(modalities, figures["retrieval_r1"], pairs))
     if figures["bad"] or figures["absent"]:
-        print(f"\n{left_out_in_words(figures)}")
+        print(f"\nleft out: {figures['bad']} unreadable, {figures['absent']} absent")
 
 
 def show_compare(result):

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import signal
 import sys
 import time
@@ -51,7 +50,7 @@ class Run:
         for name in LOGS:  # of an attempt that was stopped before its first checkpoint
             (self.folder / name).unlink(missing_ok=True)
         versions = {name: version(name) for name in ("torch", "torchaudio", "numpy", "pillow")}
-        versions["python"] = platform.python_version()
+        versions["python"] = sys.version.split()[0]
         self.replace_config(vars(args) | {"command": sys.argv, "data_fingerprint": fingerprint,
                                           "code": code_digest(*TOY_CODE), "versions": versions})
 
@@ -193,6 +192,7 @@ def options_of_run(folder, args, parse_args):
     for path in folder.iterdir():
         require(not path.is_symlink(), f"--resume {folder}: {path.name} is a link; a run writes here alone")
     if auto and not (folder / "state.pt").exists():
+        require(not Run(folder).finished(), f"{folder} is finished and has no state.pt; name another --out")
         return args
     config = Run(folder).read_config() | {"resume": args.resume, "out": args.out if auto else str(folder)}
     saved = {key: value for key, value in config.items() if hasattr(args, key)}
@@ -202,11 +202,6 @@ def options_of_run(folder, args, parse_args):
                 f"--resume {folder} takes the run's own options: leave out --{name.replace('_', '-')}, "
                 f"or start a new run from its weights: --init {folder}")
     return args
-
-
-def wait_for_all():
-    """Waits until every process has come here."""
-    from_all(None)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ def open_data(spec, split="train", size=None, allow_outside=False):
     allow_outside  a manifest's files may lie anywhere on the disk (see Table)
     """
     if spec == "toy":
-        default = 20000 if split == "train" else 8 * len(CONCEPTS)
-        return ToyWorld(split, size or default)
+        return ToyWorld(split, size or (20000 if split == "train" else 8 * len(CONCEPTS)))
     name, _, root = spec.partition(":")
     if root and name.lower() in DATASETS:
         return open_dataset(name.lower(), root, split)

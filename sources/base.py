@@ -33,7 +33,6 @@ class Source:
     multi_label = False  # whether a sample may have several classes, by a column `labels` instead of `label`
     absent = 0  # items that a data set lists and whose files are not there
     reasons = {}  # why items or files are left out: {reason: [how many, the first of them]}
-    published = None  # (items, classes) that a data set's list should have
     has_splits = False  # whether it has held-out samples of its own, as split "test"
     dataset = None  # its name among the data sets of the paper
     note = ""  # which of several lists a data set was read from, or what was passed over
@@ -57,9 +56,6 @@ class Source:
 
     def name(self, index):
         """What messages call a sample: its file and line."""
-
-    def file_of(self, index, modality):
-        """The file that one modality lies in; None where it has none of its own."""
 
     def fingerprint(self, modality=None):
         """Digest that changes with the table and, given a modality, with size or time of any of its files.

@@ -155,9 +155,6 @@ class Table(Source):
         require(self.allow_outside or not leads_out, f"{cell}: outside the folder: --allow-outside reads it")
         return self.root / cell
 
-    def file_of(self, index, modality):
-        return None if modality == "text" else self.root / self.row(index)[modality]
-
     def require_file(self, modality, cells):
         there = modality == "text" or any(self.locate(cell).exists() for cell in cells)
         require(there, f"none of the first {len(cells)} {modality} files exists: {self.root / cells[0]}")
@@ -272,9 +269,6 @@ def cut_box(picture, box):
     return part
 
 
-IMU_GAP = 0.5  # seconds without a row that a window may have
-
-
 def imu_window(path, start, seconds):
     """Rows (T, 6) of Ego4D's table of one recording, accelerometer then gyroscope, by time.
 
@@ -298,10 +292,8 @@ def imu_window(path, start, seconds):
             file.readline()
             return file
 
-        def second_from(byte):
-            """The time of the first row that has one."""
-            return next((at for at in map(second, rows_from(byte)) if not math.isnan(at)), math.inf)
-
+        # By the time of the first row that has one
+        second_from = lambda byte: next((at for at in map(second, rows_from(byte)) if at == at), math.inf)
         place = head + bisect_left(range(head, path.stat().st_size), start, key=second_from)
         for begin, end in ((place, start + seconds), (head, math.inf)):
             found = []  # [[second, 6 numbers], ...] of the window's rows that have all
@@ -313,7 +305,7 @@ def imu_window(path, start, seconds):
                     found.append([at, *(float(cells[c]) for c in channels)])
             found.sort()
             times = np.array([start, *(row[0] for row in found), start + seconds])
-            if np.diff(times).max() <= IMU_GAP:
+            if np.diff(times).max() <= 0.5:  # seconds without a row that a window may have
                 return [row[1:] for row in found]
     raise DataError(f"no rows for {np.diff(times).max():.1f} s of the window of {seconds:g} s at {start:g} s")
 

@@ -240,11 +240,11 @@ def test_audiocaps_is_read_from_the_paper_s_list_and_kinetics_is_not_taken_for_i
     write(tmp_path / "a", {"test.csv": head + f"1,{ID[0]},0,a\n2,{ID[2]},5,b\n",
                            "val.csv": head + f"3,{ID[3]},0,c\n", f"{ID[0]}.wav": 1, f"{ID[2]}.wav": 1})
     source = open_data(f"audiocaps:{tmp_path / 'a'}", "test")
-    assert len(source) == 2 and source.note == "read from test.csv" and source.published == (975, None)
+    assert len(source) == 2 and source.note == "read from test.csv"
     write(tmp_path / "a", {"retrieval_test.csv": head + f"2,{ID[2]},5,b\n"})
     paper.open_dataset.cache_clear()
     source = open_data(f"audiocaps:{tmp_path / 'a'}", "test")
-    assert len(source) == 1 and source.note == "read from retrieval_test.csv" and source.published is None
+    assert len(source) == 1 and source.note == "read from retrieval_test.csv"
     write(tmp_path / "k", {"val.csv": "label,youtube_id,time_start,time_end,split\n"})
     assert tables.find_dataset(tmp_path, "kinetics400") == tmp_path / "k"
     assert tables.find_dataset(tmp_path, "audiocaps") == tmp_path / "a"
@@ -369,7 +369,7 @@ def test_audioset_s_header_may_be_any_and_a_damaged_line_costs_itself(tmp_path, 
                      "meta/class_labels_indices.csv": "index,mid,display_name\n0,/m/a,Dog\n1,/m/b,Cat\n"})
     source = open_data(f"audioset:{tmp_path}", "test")
     assert [row["audio"] for row in rows(source)] == [f"eval/{name}" for name in names[:4]]
-    assert all(sorted(source.labels(i)) == [0, 1] for i in range(4)) and source.published == (20371, 527)
+    assert all(sorted(source.labels(i)) == [0, 1] for i in range(4))
     assert counts(source) == {UNCLEAR: 3, "no file": 2}
 
 
@@ -384,7 +384,7 @@ def test_an_absent_sound_counts_once_whatever_its_captions(tmp_path):
     source = open_data(f"clotho:{tmp_path / 'c'}", "test")
     assert len(source) == 10 and counts(source) == {"no file": 3, UNCLEAR: 2}
     train = open_data(f"clotho:{tmp_path / 'c'}", "train")
-    assert train.row(0)["audio"] == "clotho_audio_development/0.wav" and train.published is None
+    assert train.row(0)["audio"] == "clotho_audio_development/0.wav"
     clip = ids(7)
     lines = ["audiocap_id,youtube_id,start_time,caption"]
     for caption in "pq":  # the captions of a sound do not stand together
@@ -516,7 +516,7 @@ def test_a_test_folder_without_a_scene_is_named_and_if_all_are_the_list_is_refus
     pictures = [f"SUNRGBD/kv1/NYUdata/NYU000{n}/image/a.JPG" for n in (0, 1)]
     assert [row["image"] for row in rows(source)] == pictures
     assert counts(source) == {"no file": 2, UNCLEAR: 2, missing: 3}
-    assert source.reasons[missing] == [3, "kv1/NYUdata/NYU1"] and source.published == (4659, 19)
+    assert source.reasons[missing] == [3, "kv1/NYUdata/NYU1"]
     assert counts(open_data(f"nyud:{tmp_path}", "test")) == {"no file": 2, UNCLEAR: 2, missing: 1}
     train = open_data(f"sunrgbd:{tmp_path}", "train")
     assert len(train) == 3 and counts(train) == {missing: 3}
