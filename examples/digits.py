@@ -288,7 +288,7 @@ def make_pictures(folder, scans, digits, rng):
 
 
 def make_sounds(folder, part, voices):
-    """Writes ten digits of each voice, those for training varied; returns the rows."""
+    """Writes ten digits of each voice, half of those for training varied; returns the rows."""
     def of_voice(job):
         number, (language, voice) = job
         rng = np.random.default_rng([1, number])  # its own, because threads take turns
@@ -458,7 +458,8 @@ python train.py --pair image-text --data {0}/pictures.csv --eval-data {0}/heldou
 python train.py --pair image-audio --data {0}/pairs.csv --eval-data {0}/heldout_voices.csv \\
     --preset tiny --init runs/digits-anchor --cache-anchor --augment none --batch-size 64 \\
     --steps 2800 --lr 1e-3 --weight-decay 0.05 --drop-path 0 --temperature 0.1 --out runs/digits
-python evaluate.py zeroshot --modality audio --data {0}/heldout_voices.csv --templates {0}/prompts.txt
+python evaluate.py zeroshot --modality audio --checkpoint runs/digits --data {0}/heldout_voices.csv \\
+    --templates {0}/prompts.txt
 python examples/report.py runs/digits --data {0}/heldout_voices.csv"""
 
 

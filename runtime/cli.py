@@ -143,8 +143,8 @@ def start_processes(device):
     """Joins the processes that torchrun started."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # CPU tensors always go by gloo, where a dead process is noticed at once by its connection, and
-        # torchrun ends the others. A timeout would end healthy runs alone, such as those that wait for rank 0
-        # to evaluate: it is the longest that 32 bits of milliseconds hold.
+        # torchrun ends the others. A timeout would end healthy runs alone, such as those that wait for one
+        # that reads slowly: it is the longest that 32 bits of milliseconds hold.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=24))
 
