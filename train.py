@@ -65,7 +65,7 @@ SETTINGS = {
                 drop_path=0.7, temperature=0.2, augment="none", toy_samples=16_000),
     # CLIP's own pairs
     "text": dict(lr=5e-4, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=1, epochs=32, replicate=1,
-                 drop_path=0.0, temperature=None, augment="basic", toy_samples=32_000),
+                 drop_path=0.0, temperature=None, augment="basic", toy_samples=26_000),
 }
 SETTINGS["image"] = SETTINGS["text"]
 # Every pair of the toy world: only toy_samples and temperature are its learner's. Small batches, because a
