@@ -53,7 +53,7 @@ from sources import open_data
 SETTINGS = {
     # AudioSet
     "audio": dict(lr=1.6e-3, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=2, epochs=64,
-                  replicate=1.25, drop_path=0.1, temperature=0.05, augment="basic", toy_samples=8_000),
+                  replicate=1.25, drop_path=0.1, temperature=0.05, augment="basic", toy_samples=10_000),
     # SUN RGB-D
     "depth": dict(lr=1.6e-3, weight_decay=0.2, batch_size=512, clip_grad=1.0, warmup=2, epochs=64,
                   replicate=50, drop_path=0.0, temperature=0.2, augment="strong", toy_samples=24_000),
@@ -65,7 +65,7 @@ SETTINGS = {
                 drop_path=0.7, temperature=0.2, augment="none", toy_samples=16_000),
     # CLIP's own pairs
     "text": dict(lr=5e-4, weight_decay=0.2, batch_size=2048, clip_grad=1.0, warmup=1, epochs=32, replicate=1,
-                 drop_path=0.0, temperature=None, augment="basic", toy_samples=26_000),
+                 drop_path=0.0, temperature=None, augment="basic", toy_samples=27_000),
 }
 SETTINGS["image"] = SETTINGS["text"]
 # Every pair of the toy world: only toy_samples and temperature are its learner's. Small batches, because a
