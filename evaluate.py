@@ -418,7 +418,7 @@ def warn_of_equal_names(model, names):
     for name in "|".join(names).split("|"):
         ids = data.load("text", name, model.encoder("text").config).tolist()
         first = known.setdefault(tuple(ids), name)
-        if first is not name:
+        if first is not name and rank() == 0:
             print(f"classes {first!r} and {name!r} have equal prompts", file=sys.stderr)
 
 

@@ -41,7 +41,7 @@ from runtime.results import left_out, show_summary
 from runtime.run import STOP, Run, choose_folder, options_of_run
 from sources import open_data
 
-# The paper's settings by the modality that learns (appendix B, table 9); image and text as in CLIP.
+# The paper's settings by the modality that learns (appendix B, table 9); image and text after CLIP.
 #   lr, weight_decay, clip_grad   AdamW: peak learning rate, decay of matrices, largest norm of the gradient
 #   batch_size                    pairs over all processes
 #   epochs, warmup                length, and of it the linear warm-up before the cosine; in epochs

@@ -149,8 +149,8 @@ class Run:
 
     def finished(self):
         """Whether the last thing this run logged is its final evaluation."""
-        log = self.folder / "log.jsonl"
-        last = json.loads(log.read_text().splitlines()[-1]) if log.exists() and log.stat().st_size else {}
+        text = "".join(path.read_text() for path in self.folder.glob("log.jsonl"))  # empty without a log
+        last = json.loads(text.splitlines()[-1]) if text.endswith("\n") else {}  # a full disk may cut a line
         return last.get("event") == "eval" and "step" not in last
 
     def resume_command(self):

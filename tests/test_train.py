@@ -553,6 +553,14 @@ def test_a_toy_anchor_of_other_code_is_trained_again(workplace, monkeypatch, tmp
     assert trained == [None] and "was made by other code" in capsys.readouterr().out
 
 
+def test_a_log_whose_last_line_is_cut_off_is_of_no_finished_run(tmp_path):
+    for text, finished in (("", False), ('{"event": "eval"}\n', True), ('{"event": "eval"}\n{"even', False)):
+        (tmp_path / "log.jsonl").write_text(text)
+        assert train.Run(tmp_path).finished() == finished
+    (tmp_path / "log.jsonl").unlink()
+    assert not train.Run(tmp_path).finished()
+
+
 def test_a_run_is_never_written_over(run, workplace):
     with pytest.raises(UsageError, match="holds a run"):
         run("--pair", "image-audio", out=train.TOY_ANCHOR)
